@@ -1,0 +1,28 @@
+"""Universal multimodal retrieval: one model embeds text, images, both together and document pages into one space.
+
+>>> from quarterlight import Embedder, Item
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from quarterlight.records import Item
+from quarterlight.registration import register
+
+if TYPE_CHECKING:
+    from quarterlight.models.embedder import Embedder
+
+__all__ = ["Embedder", "Item", "__version__"]
+__version__ = "0.1.0"
+
+_LAZY = {"Embedder": "quarterlight.models.embedder"}  # public names whose modules import torch
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

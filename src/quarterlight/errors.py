@@ -1,0 +1,57 @@
+"""What can go wrong on the user's side.
+
+    QuarterlightError
+    |-- InputError (also ValueError)     an item, picture or argument that cannot be used
+    |   `-- ImageError                   a picture that cannot be read, or must not be
+    |-- CheckpointError                  a model folder that is missing, incomplete or of another kind
+    |-- DatasetError                     a dataset folder, file or row that breaks its format
+    |-- RecipeError                      a recipe key or value that is unknown or impossible
+    `-- StoreError                       an index that is missing, or belongs to another model
+
+Every message is a sentence: what was expected, what came, where, and what to do. ``assert`` is kept for our own bugs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuarterlightError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class InputError(QuarterlightError, ValueError):
+    """An item, picture or argument that cannot be used."""
+
+
+class ImageError(InputError):
+    """A picture that cannot be read (truncated, not a picture), or must not be (decompression bomb)."""
+
+
+class CheckpointError(QuarterlightError):
+    """A model folder that is missing, incomplete or of another kind."""
+
+
+class DatasetError(QuarterlightError):
+    """A dataset folder, file or row that breaks its format."""
+
+
+class RecipeError(QuarterlightError):
+    """A recipe key or value that is unknown or impossible."""
+
+
+class StoreError(QuarterlightError):
+    """An index that is missing, or that was built with another model."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence for an error message: the nearest known name if there is one, and all of them.
+
+    >>> did_you_mean("tempratur", ["temperature", "seed"])
+    "Did you mean 'temperature'? Known: seed, temperature."
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join(names)}."

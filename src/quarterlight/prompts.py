@@ -1,0 +1,181 @@
+"""What the model reads: the paper's templates as segments, and the instructions of its Tables 11 and 12.
+
+A prompt is one user turn in ChatML, followed by the opening of the assistant's turn, whose last token is pooled:
+
+    <|im_start|>user
+    Instruct: {instruction} <image> Query: {text}<|im_end|>
+    <|im_start|>assistant
+
+(Magic-MM-Embedding, section 3.1; a candidate has ``Text:`` in place of ``Query:``.)  A part that is missing takes its
+label and its blank with it.  Segments are cut before blanks, where byte-level pre-tokenisers cut too, so that
+tokenising one segment after the other gives the tokens of the whole string, and every token is known to belong to the
+frame, the instruction, a picture or the text.  :func:`chat_template` says the same in Jinja, for programs that know
+nothing of this package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
+
+from quarterlight.errors import InputError, did_you_mean
+
+Role: TypeAlias = Literal["query", "document"]
+"""Which side of a search an item stands on; a candidate is a document, as sentence-transformers calls it."""
+
+LABELS: Mapping[Role, str] = MappingProxyType({"query": "Query:", "document": "Text:"})
+"""What precedes the text of an item."""
+
+QUERY_INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "t2t": "Retrieve relevant texts based on a given query.",
+        "t2i": "Retrieve relevant images based on a given query.",
+        "t2it": "Find a related image and text content from Wikipedia that answers the given query.",
+        "t2vd": "Retrieve relevant visual documents based on a given query.",
+        "i2t": "Find an image caption describing the given image.",
+        "i2i": "Find a image that looks similar to the provided image.",  # "a image": as printed in the paper
+        "it2t": "Represent the given image with the given query and retrieve the answer.",
+        "it2i": "Represent the given image with the given query and retrieve the related images.",
+        "it2it": "Retrieve a Wikipedia image-description pair that provides evidence for the given query.",
+    }
+)
+"""Direction (t text, i image, it both, vd visual document) -> instruction of the query."""
+
+TARGET_INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "text": "Represent the given text.",
+        "image": "Represent the given image.",
+        "image,text": "Represent the given image with related text information.",
+        "page": "Represent the given visual documents.",
+    }
+)
+"""Modality of a candidate, or ``page`` -> its instruction."""
+
+UNKNOWN_TARGET: Mapping[str, str] = MappingProxyType({"text": "t2i", "image": "i2i", "image,text": "it2i"})
+"""Modality of a query -> direction assumed when nobody says what is searched for: pictures."""
+
+
+def query_instruction(direction: str | None, modality: str = "text") -> str:
+    """The instruction of a query: by its direction, or by its modality when the direction is ``None``.
+
+    Raises InputError for an unknown direction.
+
+    >>> query_instruction(None, "image") == query_instruction("i2i")
+    True
+    """
+    direction = UNKNOWN_TARGET[modality] if direction is None else direction
+    if direction not in QUERY_INSTRUCTIONS:
+        raise InputError(f"There is no direction {direction!r}. {did_you_mean(direction, QUERY_INSTRUCTIONS)}")
+    return QUERY_INSTRUCTIONS[direction]
+
+
+def target_instruction(modality: str, page: bool = False) -> str:
+    """The instruction of a candidate; ``page`` marks a picture of a document page, table or chart."""
+    return TARGET_INSTRUCTIONS["page" if page and modality == "image" else modality]
+
+
+class Segment(NamedTuple):
+    """A run of a prompt. ``text`` is empty for an image, which a backbone spells with its own tokens. The label of the
+    instruction counts as instruction, that of the text as frame."""
+
+    kind: Literal["frame", "instruction", "image", "text"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One item as it is put to the model, surrounding blanks removed.
+
+    system: an optional system turn before the user's; the ``-hf`` checkpoints of InternVL3 have none.
+    """
+
+    role: Role
+    instruction: str = ""
+    num_images: int = 0
+    text: str = ""
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        for part in ("instruction", "text", "system"):
+            object.__setattr__(self, part, getattr(self, part).strip())
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The prompt from first to last token; only instruction and text hold words that others wrote."""
+        parts: list[Segment] = []
+        if self.instruction:
+            parts += [Segment("instruction", "Instruct:"), Segment("instruction", f" {self.instruction}")]
+        for _ in range(self.num_images):
+            parts += [Segment("frame", " ")] * bool(parts) + [Segment("image", "")]
+        if self.text:
+            parts += [Segment("frame", " " * bool(parts) + LABELS[self.role]), Segment("text", f" {self.text}")]
+        system = [Segment("frame", f"<|im_start|>system\n{self.system}<|im_end|>\n")] if self.system else []
+        opening = Segment("frame", "<|im_start|>user\n")
+        closing = Segment("frame", "<|im_end|>\n<|im_start|>assistant\n")
+        return (*system, opening, *parts, closing)
+
+    def render(self, image: str = "<image>") -> str:
+        """The prompt as one string, each picture written as ``image``.
+
+        >>> Prompt(role="query", instruction="Find it.", num_images=1, text="a cat").render().splitlines()[1]
+        'Instruct: Find it. <image> Query: a cat<|im_end|>'
+        """
+        return "".join(image if segment.kind == "image" else segment.text for segment in self.segments())
+
+
+def chat_template(*, image: str, defaults: Mapping[Role, Mapping[str, str]], system: str = "") -> str:
+    """A Jinja chat template that renders what :meth:`Prompt.render` does.
+
+    One user message is one item.  The role is the template variable ``task`` (``encode_query`` and ``encode_document``
+    of sentence-transformers set it), or the prefix ``query:`` / ``document:`` of a system message; a bare item is a
+    document.  The rest of the system message is the instruction; without one, it follows from role and modality.
+    image: how a picture is spelt.  defaults: role -> modality -> instruction.  system: as in :class:`Prompt`.
+    """
+    source = _TEMPLATE
+    for name, value in {
+        "DEFAULTS": {role: dict(instructions) for role, instructions in defaults.items()},
+        "LABELS": dict(LABELS),
+        "SYSTEM": f"<|im_start|>system\n{system.strip()}<|im_end|>\n" if system.strip() else "",
+        "IMAGE": image,
+    }.items():
+        source = source.replace(f"@{name}@", json.dumps(value, ensure_ascii=False))
+    return source.strip()
+
+
+_TEMPLATE = r"""
+{%- set ns = namespace(role='query' if task == 'query' else 'document', instruction='', images=0, text='') -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}
+{%- set blocks = [{'type': 'text', 'text': message.content}] -%}
+{%- else -%}
+{%- set blocks = message.content -%}
+{%- endif -%}
+{%- for block in blocks -%}
+{%- if block.type == 'image' -%}
+{%- set ns.images = ns.images + 1 -%}
+{%- elif block.type == 'text' and message.role == 'system' -%}
+{%- set ns.instruction = block.text | trim -%}
+{%- elif block.type == 'text' -%}
+{%- set ns.text = (ns.text ~ ' ' ~ block.text) | trim -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- for role in ['query', 'document'] -%}
+{%- if ns.instruction.startswith(role ~ ':') -%}
+{%- set ns.role = role -%}
+{%- set ns.instruction = ns.instruction[(role | length) + 1:] | trim -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set modality = 'text' if not ns.images else ('image,text' if ns.text else 'image') -%}
+{%- set instruction = ns.instruction or @DEFAULTS@[ns.role][modality] -%}
+{{- @SYSTEM@ ~ '<|im_start|>user\n' ~ 'Instruct: ' ~ instruction -}}
+{%- for _ in range(ns.images) -%}
+{{- ' ' ~ @IMAGE@ -}}
+{%- endfor -%}
+{%- if ns.text -%}
+{{- ' ' ~ @LABELS@[ns.role] ~ ' ' ~ ns.text -}}
+{%- endif -%}
+{{- '<|im_end|>\n<|im_start|>assistant\n' -}}
+"""

@@ -1,0 +1,130 @@
+"""Prompts as they are read, word for word, and the chat template that says the same."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from quarterlight.errors import InputError
+from quarterlight.prompts import (
+    QUERY_INSTRUCTIONS,
+    TARGET_INSTRUCTIONS,
+    Prompt,
+    Role,
+    chat_template,
+    query_instruction,
+    target_instruction,
+)
+
+START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "golden"),
+    [
+        (
+            Prompt(role="query", instruction="Find it.", text="a red apple"),
+            "Instruct: Find it. Query: a red apple",
+        ),
+        (
+            Prompt(role="document", instruction="Represent the given text.", text="An apple."),
+            "Instruct: Represent the given text. Text: An apple.",
+        ),
+        (Prompt(role="query", instruction="Find it.", num_images=1), "Instruct: Find it. <image>"),
+        (
+            Prompt(role="query", instruction="Find it.", num_images=1, text="but sliced"),
+            "Instruct: Find it. <image> Query: but sliced",
+        ),
+        (
+            Prompt(role="document", instruction="Represent it.", num_images=3, text="three"),
+            "Instruct: Represent it. <image> <image> <image> Text: three",
+        ),
+        (
+            Prompt(role="document", instruction="Represent it.", num_images=1, text="  \n "),
+            "Instruct: Represent it. <image>",
+        ),
+        (Prompt(role="query", num_images=1, text="what?"), "<image> Query: what?"),
+        (Prompt(role="query", text="no instruction"), "Query: no instruction"),
+        (
+            Prompt(role="query", instruction=" Find it. ", text="\tblanks  inside \n"),
+            "Instruct: Find it. Query: blanks  inside",
+        ),
+    ],
+)
+def test_golden(prompt: Prompt, golden: str) -> None:
+    assert prompt.render() == START + golden + END
+
+
+def test_golden_with_system_prompt() -> None:
+    prompt = Prompt(role="query", instruction="Find it.", text="x", system="Be brief.\n")
+    assert prompt.render() == f"<|im_start|>system\nBe brief.<|im_end|>\n{START}Instruct: Find it. Query: x{END}"
+
+
+PARTS: list[dict[str, Any]] = [
+    {"role": role, "instruction": instruction, "num_images": images, "text": text}
+    for role, instruction, images, text in itertools.product(
+        ("query", "document"),
+        ("", "Find it.", "'s odd: 7"),
+        (0, 1, 2),
+        ("", "a b", "'ll", "42", "(x)", "héllo  wörld\n\n北京", "-"),
+    )
+]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_tokens_of_segments_are_tokens_of_the_whole(parts: dict[str, Any], tokenizer: Any) -> None:
+    prompt = Prompt(**parts, system="Be brief.")
+    image = "<img><IMG_CONTEXT></img>"
+    texts = [image if segment.kind == "image" else segment.text for segment in prompt.segments()]
+    by_segment = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    assert by_segment == tokenizer(prompt.render(image))["input_ids"]
+
+
+@pytest.mark.parametrize("parts", [parts for parts in PARTS if parts["instruction"]], ids=str)
+@pytest.mark.parametrize("how", ["task", "prefix"])
+def test_chat_template_renders_the_same(parts: dict[str, Any], how: str, tokenizer: Any) -> None:
+    role, instruction = parts["role"], parts["instruction"]
+    system = f"{role}: {instruction}" if how == "prefix" else instruction
+    content = [{"type": "text", "text": parts["text"]}] if parts["text"] else []
+    content += [{"type": "image", "image": None}] * parts["num_images"]
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": system}]},
+        {"role": "user", "content": content},
+    ]
+    template = chat_template(image="<image>", defaults={"query": {}, "document": {}}, system="Be brief.")
+    task = {"task": role} if how == "task" else {}
+    rendered = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **task)
+    assert rendered == Prompt(**parts, system="Be brief.").render()
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+@pytest.mark.parametrize("images", [0, 1])
+def test_chat_template_defaults_follow_role_and_modality(role: Role, images: int, tokenizer: Any) -> None:
+    defaults: dict[Role, dict[str, str]] = {
+        one: {modality: f"{one} {modality}" for modality in ("text", "image", "image,text")}
+        for one in ("query", "document")
+    }
+    template = chat_template(image="<image>", defaults=defaults)
+    message = {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "x"}]}
+    rendered = tokenizer.apply_chat_template([message], chat_template=template, tokenize=False, task=role)
+    modality = "image,text" if images else "text"
+    assert rendered == Prompt(role=role, instruction=f"{role} {modality}", num_images=images, text="x").render()
+
+
+def test_chat_template_takes_a_bare_string_for_a_document(tokenizer: Any) -> None:
+    template = chat_template(image="<image>", defaults={"query": {}, "document": {"text": "Represent it."}})
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=template, tokenize=False)
+    assert rendered == Prompt(role="document", instruction="Represent it.", text="x").render()
+
+
+def test_instructions() -> None:
+    assert query_instruction("t2i") == "Retrieve relevant images based on a given query."
+    assert query_instruction(None, "image,text") == QUERY_INSTRUCTIONS["it2i"]
+    assert target_instruction("image") == "Represent the given image."
+    assert target_instruction("image", page=True) == "Represent the given visual documents."
+    assert target_instruction("text", page=True) == TARGET_INSTRUCTIONS["text"]
+    assert set(QUERY_INSTRUCTIONS) == {"t2t", "t2i", "t2it", "t2vd", "i2t", "i2i", "it2t", "it2i", "it2it"}
+    with pytest.raises(InputError, match="no direction 'x2i'"):
+        query_instruction("x2i")
