@@ -1,0 +1,3 @@
+"""How well a model does: benchmarks and datasets in, numbers with their chance levels out."""
+
+from __future__ import annotations

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask
+from quarterlight.errors import InputError
+from quarterlight.evaluation.retrieval import Encoder, RetrievalEvaluator, TaskResult, sample_queries
+from quarterlight.images import load_image
+from quarterlight.metrics.ranking import METRICS
+from quarterlight.models.embedder import Embedder
+from quarterlight.records import Candidate, Item, Query
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "retrieval"
+
+
+class Oracle:
+    """Gives every candidate an axis of its own and every query the axes of its positives; counts what it is asked."""
+
+    def __init__(self, *tasks: RetrievalTask) -> None:
+        items = list(dict.fromkeys(_bare(c.item) for task in tasks for c in task.candidates))
+        self.axes = dict(zip(items, np.eye(len(items), dtype=np.float32), strict=True))
+        self.answers: dict[Item, np.ndarray] = {}
+        for task in tasks:
+            pool = {c.did: _bare(c.item) for c in task.candidates}
+            for query in task.queries:
+                vector = sum(self.axes[pool[did]] for did in query.positives)
+                self.answers[_bare(query.item)] = self.answers.get(_bare(query.item), 0) + vector
+        self.asked: list[Item] = []
+
+    def encode_query(self, items: Sequence[Item]) -> np.ndarray:
+        vectors = self._look_up(items, self.answers)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def encode_document(self, items: Sequence[Item]) -> np.ndarray:
+        return self._look_up(items, self.axes)
+
+    def _look_up(self, items: Sequence[Item], table: dict[Item, np.ndarray]) -> np.ndarray:
+        self.asked += items
+        for item in items:
+            for source in item.images:
+                load_image(source)
+        return np.stack([table[_bare(item)] for item in items])
+
+
+class Constant:
+    def encode_query(self, items: Sequence[Item]) -> np.ndarray:
+        return np.full((len(items), 24), 24**-0.5, dtype=np.float32)
+
+    encode_document = encode_query
+
+
+class Hashing:
+    """Vectors without meaning that depend on the item alone."""
+
+    def encode_query(self, items: Sequence[Item]) -> np.ndarray:
+        seeds = [int(hashlib.md5(f"{item.text} {item.images}".encode()).hexdigest()[:8], 16) for item in items]
+        vectors = np.stack([np.random.default_rng(seed).normal(size=16) for seed in seeds])
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    encode_document = encode_query
+
+
+def _bare(item: Item) -> Item:
+    return replace(item, instruction=None)
+
+
+@pytest.fixture
+def emoji() -> RetrievalDataset:
+    return RetrievalDataset(FIXTURE / "emoji")
+
+
+def test_oracle_is_perfect(emoji: RetrievalDataset) -> None:
+    for name in ("t2i", "i2t", "i2i", "it2i"):
+        task = emoji.load(name, "test")
+        result = RetrievalEvaluator(Oracle(task)).evaluate(task)
+        assert result.scores.num_queries == result.num_queries == len(task.queries)
+        assert result.num_scored_candidates == result.num_candidates == len(task.candidates)
+        for metric in ("precision@1", "hit@5", "ndcg@5", "mrr"):
+            assert result.scores.metrics[metric] == pytest.approx(1.0), (name, metric)
+            assert 0 < result.scores.chance[metric] < 1
+        assert result.problems == ()
+
+
+def test_constant_scores_chance(emoji: RetrievalDataset) -> None:
+    result = RetrievalEvaluator(Constant()).evaluate(emoji.load("t2i", "test"))
+    assert result.scores.metrics == pytest.approx(result.scores.chance)
+    for group in result.groups:
+        assert group.scores.metrics == pytest.approx(group.scores.chance)
+
+
+def test_chance_counts_positives(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    result = RetrievalEvaluator(Constant()).evaluate(task)
+    expected = np.mean([len(query.positives) / len(task.candidates) for query in task.queries])
+    assert result.scores.chance["precision@1"] == pytest.approx(expected)
+
+
+def test_groups(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    result = RetrievalEvaluator(Hashing()).evaluate(task)
+    english = [query for query in task.queries if query.fields["lang"] == "en"]
+    group = next(group for group in result.groups if (group.field, group.value) == ("lang", "en"))
+    alone = RetrievalEvaluator(Hashing()).evaluate(replace(task, queries=english))
+    assert group.scores == alone.scores
+    for field in ("lang", "text_kind"):
+        parts = [group.scores for group in result.groups if group.field == field]
+        assert sum(part.num_queries for part in parts) == len(task.queries)
+        for metric in METRICS:
+            mean = sum(part.metrics[metric] * part.num_queries for part in parts) / len(task.queries)
+            assert mean == pytest.approx(result.scores.metrics[metric])
+
+
+def test_a_field_with_one_value_makes_no_group() -> None:
+    pool = [Candidate(did="d", item=Item(text="d"))]
+    query = Query(qid="q", item=Item(text="q"), positives=("d",), fields={"lang": "en", "change": None})
+    task = RetrievalTask(dataset="a", task="t2t", split="test", queries=[query], candidates=pool)
+    assert RetrievalEvaluator(Constant()).evaluate(task).groups == ()
+
+
+def test_tasks_share_what_is_embedded(emoji: RetrievalDataset) -> None:
+    tasks = [emoji.load(name, "test") for name in ("t2i", "it2i", "i2i")]
+    oracle = Oracle(*tasks)
+    progress: list[tuple[int, int]] = []
+    evaluator = RetrievalEvaluator(oracle, on_progress=lambda done, total: progress.append((done, total)))
+    results = [evaluator.evaluate(task) for task in tasks]
+    again = evaluator.evaluate(tasks[0])
+    assert len(oracle.asked) == len(set(oracle.asked)) == sum(result.num_embedded for result in results)
+    assert (again.num_embedded, again.scores) == (0, results[0].scores)
+    assert progress[0] == (0, results[0].num_embedded)
+    assert progress[-2:] == [(results[2].num_embedded,) * 2, (0, 0)]
+
+
+def test_queries_carry_their_instructions(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    result = RetrievalEvaluator(Oracle(task)).evaluate(task)
+    assert result.instructions == ("Retrieve relevant images based on a given query.",)
+    bare = RetrievalEvaluator(Oracle(task), prepare=lambda task: task).evaluate(task)
+    assert bare.instructions == ()
+
+
+def test_to_json(emoji: RetrievalDataset) -> None:
+    result = RetrievalEvaluator(Hashing()).evaluate(emoji.load("t2i", "test"))
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert plain["scores"]["metrics"].keys() == METRICS.keys()
+    assert {"field": "lang", "value": "en"}.items() <= plain["groups"][0].items()
+
+
+def evaluate_with_damage(
+    tmp_path: Path, damaged: Callable[[RetrievalTask], Path], embedder: Encoder | None = None
+) -> tuple[RetrievalTask, TaskResult]:
+    """The result, by default of an oracle, on a task whose pictures are files, one of them truncated."""
+    shutil.copytree(FIXTURE / "emoji", tmp_path / "emoji")
+    shutil.unpack_archive(tmp_path / "emoji" / "images.zip", tmp_path / "emoji" / "images")
+    (tmp_path / "emoji" / "images.zip").unlink()
+    task = RetrievalDataset(tmp_path / "emoji").load("i2i", "test")
+    path = damaged(task)
+    path.write_bytes(path.read_bytes()[:100])
+    return task, RetrievalEvaluator(embedder or Oracle(task)).evaluate(task)
+
+
+def test_a_bad_query_picture_is_named_and_counted(tmp_path: Path) -> None:
+    task, result = evaluate_with_damage(tmp_path, lambda task: Path(str(task.queries[0].item.image)))
+    assert [problem.id for problem in result.problems] == [task.queries[0].qid]
+    assert str(task.queries[0].item.image) in result.problems[0].reason
+    assert (result.scores.num_queries, result.num_queries) == (len(task.queries) - 1, len(task.queries))
+    assert result.num_scored_candidates == len(task.candidates)
+    assert result.scores.metrics["precision@1"] == 1
+
+
+def test_a_bad_candidate_takes_its_query_along(tmp_path: Path) -> None:
+    def picture_of_first_positive(task: RetrievalTask) -> Path:
+        return next(Path(str(c.item.image)) for c in task.candidates if c.did == task.queries[0].positives[0])
+
+    task, result = evaluate_with_damage(tmp_path, picture_of_first_positive)
+    assert [problem.id for problem in result.problems] == [task.queries[0].positives[0], task.queries[0].qid]
+    assert result.num_scored_candidates == len(task.candidates) - 1
+    assert result.scores.num_queries == len(task.queries) - 1
+    assert result.scores.chance["precision@1"] == pytest.approx(1 / (len(task.candidates) - 1))
+
+
+def test_a_real_embedder_gives_the_same_account(tmp_path: Path, tiny_embedder: Embedder) -> None:
+    task, result = evaluate_with_damage(tmp_path, lambda task: Path(str(task.queries[0].item.image)), tiny_embedder)
+    assert [problem.id for problem in result.problems] == [task.queries[0].qid]
+    assert result.scores.num_queries == len(task.queries) - 1
+    assert 0 <= result.scores.metrics["precision@1"] <= 1
+
+
+def test_nothing_can_be_scored(tmp_path: Path) -> None:
+    pool = [Candidate(did="d", item=Item(image=str(tmp_path / "missing.png")))]
+    query = Query(qid="q", item=Item(text="q"), positives=("d",))
+    task = RetrievalTask(dataset="a", task="t2i", split="test", queries=[query], candidates=pool)
+
+    class Strict(Constant):
+        def encode_document(self, items: Sequence[Item]) -> np.ndarray:
+            raise InputError("item 0 is bad")
+
+    result = RetrievalEvaluator(Strict()).evaluate(task)
+    assert (result.scores.num_queries, result.scores.metrics, result.num_scored_candidates) == (0, {}, 0)
+    assert [problem.id for problem in result.problems] == ["d", "q"]
+
+
+def test_an_error_that_no_picture_explains_is_raised(emoji: RetrievalDataset) -> None:
+    class Broken(Constant):
+        def encode_query(self, items: Sequence[Item]) -> np.ndarray:
+            raise InputError("text 3 is too long")
+
+    with pytest.raises(InputError, match="too long"):
+        RetrievalEvaluator(Broken()).evaluate(emoji.load("t2i", "test"))
+
+
+def test_not_a_number_is_a_problem_of_the_item(emoji: RetrievalDataset) -> None:
+    task = emoji.load("i2i", "test")
+    oracle = Oracle(task)
+    oracle.answers[_bare(task.queries[1].item)][0] = np.nan
+    result = RetrievalEvaluator(oracle).evaluate(task)
+    assert [problem.id for problem in result.problems] == [task.queries[1].qid]
+    assert "not finite" in result.problems[0].reason
+
+
+def test_sample_queries(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    few = sample_queries(task, 3)
+    rows = [task.queries.index(query) for query in few.queries]
+    assert len(rows) == 3 and rows == sorted(set(rows))
+    assert few == sample_queries(task, 3)
+    assert few.candidates == task.candidates
+    assert sample_queries(task, 10**6) == task
