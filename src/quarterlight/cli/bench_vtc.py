@@ -1,0 +1,241 @@
+"""``quarterlight bench vtc``: what visual token compression saves, vision tower and language model apart."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quarterlight.cli import console
+from quarterlight.errors import InputError
+from quarterlight.manifest import environment
+
+PROMPT_TOKENS = {"natural image": 19, "document page": 20}
+"""Tokens of the paper's candidate template around the visual tokens, counted with Qwen2's tokenizer."""
+
+TILES = {"natural image": 1, "document page": 5}
+"""Tiles per candidate: one, or four and a thumbnail (Magic-MM-Embedding, section 5.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One kind of candidate at one s.  Times in ms, medians over the rounds; floors are what the machine could do."""
+
+    candidate: str
+    compression: int
+    tokens: int
+    vision_ms: float
+    text_ms: float
+    total_ms: float
+    vision_tflop: float
+    text_tflop: float
+    vision_floor_ms: float
+    text_floor_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times faster s is than s = 1: median, least and most over rounds that ran both, one after the other."""
+
+    candidate: str
+    compression: int
+    vision: float
+    text: float
+    total: float
+    total_min: float
+    total_max: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of candidate at one s, and functions that run the vision half and the language half of embedding it."""
+
+    kind: str
+    config: Any
+    vision: Callable[[], Any]
+    text: Callable[[], Any]
+
+
+def bench_vtc(
+    shape: Annotated[str, typer.Option(help="InternVL3 shape: 1B, 2B, 8B or 14B.")] = "2B",
+    compression: Annotated[int, typer.Option(help="The s that is compared with s = 1: 2 or 4.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every case once. One more warms up.")] = 5,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON record to this file.")] = None,
+) -> None:
+    """Time one candidate at a time with visual token compression and without, in one run.
+
+    The model has the real shape, random weights and bfloat16; s = 1 and the other s share the weights and take turns.
+    A floor is the time that the arithmetic, or reading the weights once, would take at the speed that this machine
+    reached on one large matrix product and one large sum.
+
+    \b
+    quarterlight bench vtc --shape 2B --repeats 9 --out benchmarks/results/vtc-2b.json
+    """
+    if compression not in (2, 4):
+        raise InputError(f"--compression is 2 or 4, got {compression}; s = 1 is what it is compared with.")
+    import torch
+
+    samples: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    with torch.inference_mode(), console.progress("runs") as bar:
+        waiting = bar.add_task(f"Building {shape}", total=None)
+        ceiling = _ceiling(device)
+        cases = _cases(shape, (1, compression), device)
+        bar.remove_task(waiting)
+        line = bar.add_task("Timing", total=(1 + repeats) * len(cases))
+        for turn in range(1 + repeats):
+            for key in cases if turn % 2 else reversed(cases):
+                times = _seconds(cases[key].vision, device), _seconds(cases[key].text, device)
+                samples.setdefault(key, []).append(times)
+                bar.advance(line)
+    rounds = {key: samples[key][1:] for key in cases}  # without the warm-up
+    timings = [_timing(case, rounds[key], ceiling) for key, case in cases.items()]
+    ratios = [_ratio(kind, compression, rounds[kind, 1], rounds[kind, compression]) for kind in TILES]
+    _print(timings, ratios, ceiling, title=f"InternVL3-{shape}, bfloat16, {device}, one candidate at a time")
+    record = {
+        "benchmark": "vtc",
+        "command": shlex.join(["quarterlight", *sys.argv[1:]]),
+        "settings": {"shape": shape, "dtype": "bfloat16", "device": device, "repeats": repeats},
+        "ceiling": _rounded(ceiling),
+        "timings": [_rounded(asdict(timing)) for timing in timings],
+        "ratios": [_rounded(asdict(ratio)) for ratio in ratios],
+        **environment(),
+    }
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print_json(record)
+
+
+def _cases(shape: str, factors: tuple[int, ...], device: str) -> dict[tuple[str, int], Case]:
+    """(kind of candidate, s) -> what is timed; all share one set of weights."""
+    import torch
+
+    from quarterlight.models.shapes import build_random, internvl3_config
+
+    weights = build_random(shape, device=device)
+    cases = {}
+    for kind, tiles in TILES.items():
+        for factor in factors:
+            model = copy.copy(weights)
+            model.config = config = internvl3_config(shape, visual_token_compression=factor)
+            pixels = torch.randn(tiles, 3, *config.vision_config.image_size, device=device, dtype=torch.bfloat16)
+            visual = tiles * config.image_seq_length
+            ids = torch.randint(150_000, (1, PROMPT_TOKENS[kind] + visual), device=device)
+            ids[:, 8 : 8 + visual] = config.image_token_id
+            vision = functools.partial(model.get_image_features, pixels, return_dict=True)
+            text = functools.partial(model, ids, mm_encoder_outputs={"image": vision()}, use_cache=False)
+            cases[kind, factor] = Case(kind, config, vision, text)
+    return cases
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def _work(config: Any, kind: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(floating-point operations, bytes of weights) of the vision half and of the language half for one candidate.
+
+    A product of [n, a] and [a, b] is 2nab operations; elementwise work, under one percent, is left out.
+    """
+    vision, text, tiles = config.vision_config, config.text_config, TILES[kind]
+    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
+    sequence = patches + 1  # with the CLS token
+    d, visual = vision.hidden_size, tiles * config.image_seq_length
+    layers = vision.num_hidden_layers * (4 * d * d + 2 * d * vision.intermediate_size)
+    embedding = 3 * vision.patch_size[0] ** 2 * d
+    projector = 4 * d * text.hidden_size + text.hidden_size**2
+    attention = vision.num_hidden_layers * 4 * sequence**2 * d
+    vision_flop = tiles * (2 * sequence * layers + 2 * patches * embedding + attention) + 2 * visual * projector
+
+    d, tokens = text.hidden_size, PROMPT_TOKENS[kind] + visual
+    grouped = d * text.num_key_value_heads // text.num_attention_heads
+    weights = text.num_hidden_layers * (2 * d * d + 2 * d * grouped + 3 * d * text.intermediate_size)
+    causal = text.num_hidden_layers * 4 * tokens**2 * d / 2
+    text_flop = 2 * tokens * weights + causal
+    return (vision_flop, 2.0 * (layers + embedding + projector)), (text_flop, 2.0 * weights)
+
+
+def _ceiling(device: str) -> dict[str, float]:
+    """What this machine reaches on a 4096^3 bfloat16 matrix product, in TFLOP/s, and on reading 1 GiB, in GB/s."""
+    import torch
+
+    n = 4096
+    square = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    product = min(_seconds(lambda: square @ square, device) for _ in range(5))
+    block = torch.ones(2**28, device=device)
+    read = min(_seconds(block.sum, device) for _ in range(5))
+    return {"matmul_tflops": 2 * n**3 / product / 1e12, "read_gb_s": block.nbytes / read / 1e9}
+
+
+def _timing(case: Case, seconds: list[tuple[float, float]], ceiling: dict[str, float]) -> Timing:
+    floors = [
+        1e3 * max(flop / ceiling["matmul_tflops"] / 1e12, size / ceiling["read_gb_s"] / 1e9)
+        for flop, size in _work(case.config, case.kind)
+    ]
+    return Timing(
+        candidate=case.kind,
+        compression=case.config.visual_token_compression,
+        tokens=PROMPT_TOKENS[case.kind] + TILES[case.kind] * case.config.image_seq_length,
+        vision_ms=1e3 * statistics.median(vision for vision, _ in seconds),
+        text_ms=1e3 * statistics.median(text for _, text in seconds),
+        total_ms=1e3 * statistics.median(vision + text for vision, text in seconds),
+        vision_tflop=_work(case.config, case.kind)[0][0] / 1e12,
+        text_tflop=_work(case.config, case.kind)[1][0] / 1e12,
+        vision_floor_ms=floors[0],
+        text_floor_ms=floors[1],
+    )
+
+
+def _ratio(kind: str, factor: int, plain: list[tuple[float, float]], ours: list[tuple[float, float]]) -> Ratio:
+    pairs = list(zip(plain, ours, strict=True))
+    totals = [sum(slow) / sum(fast) for slow, fast in pairs]
+    return Ratio(
+        candidate=kind,
+        compression=factor,
+        vision=statistics.median(slow[0] / fast[0] for slow, fast in pairs),
+        text=statistics.median(slow[1] / fast[1] for slow, fast in pairs),
+        total=statistics.median(totals),
+        total_min=min(totals),
+        total_max=max(totals),
+    )
+
+
+def _print(timings: list[Timing], ratios: list[Ratio], ceiling: dict[str, float], title: str) -> None:
+    columns = ("s", "tokens", "vision ms", "floor", "text ms", "floor ", "total ms")
+    table = console.table("candidate", *columns, title=title, right=columns)
+    for one in timings:
+        times = (one.vision_ms, one.vision_floor_ms, one.text_ms, one.text_floor_ms, one.total_ms)
+        table.add_row(one.candidate, f"{one.compression}", f"{one.tokens}", *(f"{time:,.0f}" for time in times))
+    console.out.print(table)
+    for ratio in ratios:
+        console.out.print(
+            f"{ratio.candidate}: s = {ratio.compression} is {ratio.total:.2f} times faster "
+            f"({ratio.total_min:.2f} to {ratio.total_max:.2f}); vision {ratio.vision:.2f}, text {ratio.text:.2f}.",
+            soft_wrap=True,
+        )
+    console.out.print(
+        f"Floors from {ceiling['matmul_tflops']:.2f} TFLOP/s (bfloat16, 4096^3) and {ceiling['read_gb_s']:.1f} GB/s.\n",
+        soft_wrap=True,
+    )

@@ -1,0 +1,126 @@
+"""``quarterlight``: a table of commands, each imported only when it is called, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from quarterlight import __version__
+from quarterlight.errors import QuarterlightError
+
+COMMANDS = {
+    "index": ("quarterlight.cli.index:index", "Index pictures, PDF pages and texts of folders and files."),
+    "search": ("quarterlight.cli.search:search", "Search an index with words, with a picture, or with both."),
+    "demo": ("quarterlight.cli.demo:demo", "Index and search the example files; write demo.html."),
+    "train": ("quarterlight.cli.train:train", "Train a model by a recipe."),
+    "evaluate": ("quarterlight.cli.evaluate:evaluate", "Measure how well a model retrieves on datasets."),
+    "bench": {
+        "index": ("quarterlight.cli.bench_index:bench_index", "Speed and memory of indexing."),
+        "search": ("quarterlight.cli.bench_search:bench_search", "Latency and recall of searching."),
+        "vtc": ("quarterlight.cli.bench_vtc:bench_vtc", "Visual token compression against none, by model shape."),
+    },
+}
+"""Name -> (``module:function``, summary), or a group of them.  The function is what typer makes a command of."""
+
+GROUP_HELP = {"bench": "Measure speed and memory."}
+
+HELP = """Universal multimodal retrieval: find pictures and document pages with words, pictures, or both.
+
+    \b
+    quarterlight index ~/Pictures ~/papers
+    quarterlight search "a red apple"
+    quarterlight COMMAND --help      options and an example of each command
+"""
+
+BROKEN_PIPE = 128 + 13  # what a shell reports for a program ended by SIGPIPE
+INTERRUPTED = 128 + 2  # and by SIGINT
+
+
+class LazyCommand(TyperCommand):
+    """A command known by name and summary; its module is imported when the command line reaches it."""
+
+    def __init__(self, name: str, target: str, summary: str) -> None:
+        super().__init__(name=name, callback=None, help=summary, rich_markup_mode=None)
+        self.target = target
+
+    def load(self) -> Any:
+        """The real command, built from the function that ``target`` names."""
+        module, _, function = self.target.partition(":")
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(self.name)(getattr(importlib.import_module(module), function))
+        return typer.main.get_command(app)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return self.load().make_context(*args, **kwargs)
+
+
+class Program(TyperGroup):
+    """The top group: turns what went wrong into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a closed pipe shows here rather than after main() has returned
+            return result
+        except QuarterlightError as error:
+            raise _stop(f"Error: {' '.join(str(error).split())}", 1) from None
+        except KeyboardInterrupt:
+            raise _stop("Stopped.", INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+            raise typer.Exit(BROKEN_PIPE) from None
+
+
+def program() -> TyperGroup:
+    """The ``quarterlight`` command with everything below it, nothing imported yet."""
+    app = typer.Typer(cls=Program, help=HELP, no_args_is_help=True, rich_markup_mode=None)
+    app.callback()(_root)
+    group = typer.main.get_group(app)
+    _fill(group, COMMANDS)
+    return group
+
+
+def main() -> None:
+    """Entry point of the console script; leaves with 0 only on success, 1 on an error, 2 on wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no encoding knows
+    program()(prog_name="quarterlight")
+
+
+def _fill(group: TyperGroup, commands: dict[str, Any]) -> None:
+    for name, entry in commands.items():
+        if isinstance(entry, dict):
+            below = TyperGroup(name=name, help=GROUP_HELP[name], no_args_is_help=True, rich_markup_mode=None)
+            _fill(below, entry)
+            group.add_command(below, name)
+        else:
+            group.add_command(LazyCommand(name, *entry), name)
+
+
+def _stop(line: str, code: int) -> typer.Exit:
+    typer.secho(line, err=True, fg=typer.colors.RED)
+    return typer.Exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quarterlight {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()
