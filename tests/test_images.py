@@ -58,6 +58,16 @@ def test_exif_orientation(orientation: int) -> None:
     assert near(image, WHITE, (37, 21), by=8)
 
 
+def test_an_upright_picture_stays_upright_when_it_is_loaded_again() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 40)).save(stream, "JPEG", exif=exif)
+    once = load_image(stream.getvalue())
+    assert once.size == (40, 20)
+    assert load_image(once).size == (40, 20)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_is_ignored() -> None:
     data = encoded(Image.new("RGB", (9, 9), "red"), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\x01")

@@ -87,9 +87,7 @@ def _objection(importer: str, imported: str, line: int) -> str | None:
     if own not in LAYER:
         return f"{where} {own!r} has no layer; give it a row in LAYERS of tests/test_layers.py."
     if other not in LAYER:
-        return (
-            f"{where} {imported!r} is in no layer: import a name from where it is defined, or give the module a row."
-        )
+        return f"{where} {imported!r} is in no layer: import a name from where it is defined, or give the module a row."
     if LAYER[other] < LAYER[own] or (own in PEERS and other in PEERS):
         return None
     direction = "sideways" if LAYER[other] == LAYER[own] else "downward"

@@ -70,7 +70,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, reduce_to: 
             factor = min(picture.size) // reduce_to if reduce_to else 1
             if factor > 1:
                 picture = picture.reduce(factor)
-            return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+            if orientation not in _UPRIGHT:
+                return picture
+            upright = picture.transpose(_UPRIGHT[orientation])
+            upright.info = {}  # or its EXIF would have it turned again when it is loaded once more
+            return upright
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... for damaged data
             raise ImageError(f"{describe(source)} cannot be decoded: {_reason(error)}.") from error
 

@@ -1,0 +1,1 @@
+"""Backbones, pooling, checkpoints and the embedder."""

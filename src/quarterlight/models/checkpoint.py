@@ -1,0 +1,295 @@
+"""Model folders: finding, loading, saving and naming them.
+
+A trained embedder is a folder that ``transformers`` loads as a backbone, ``SentenceTransformer(path)`` as an embedder
+(once quarterlight is imported) and :class:`quarterlight.Embedder` with everything:
+
+    config.json, model.safetensors, tokenizer.json, tokenizer_config.json, processor_config.json, chat_template.jinja
+    modules.json, sentence_bert_config.json, config_sentence_transformers.json, 1_Pooling/config.json, 2_Normalize/
+    quarterlight.json    format, settings (:class:`EmbedderSettings`), s, templates, weights hash, training manifest
+
+What sentence-transformers cannot do for us: it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
+of a call (``processing_kwargs={"image": {"max_patches": 4}}``), not of an item, and does not change the instruction; a
+string that is the path or URL of a picture is taken for that picture.  Special tokens in texts are plain text there too
+(``sanitize_control_tokens`` in ``sentence_bert_config.json``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.internvl.configuration_internvl import InternVLConfig
+from transformers.utils import logging as transformers_logging
+
+from quarterlight.errors import CheckpointError
+from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
+from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration, InternVLVTCModel
+from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.settings import EmbedderSettings
+from quarterlight.prompts import LABELS, Prompt, chat_template
+
+SETTINGS_FILE = "quarterlight.json"
+FORMAT = 1
+"""Version of the layout above; a higher one cannot be read by this program."""
+
+
+def resolve_checkpoint(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model: a path, the name of a bundled model (``nano``), or a hub id, which is downloaded.
+
+    Raises CheckpointError when there is none.
+    """
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is not a model folder: it has no config.json.")
+    bundled = Path(str(files("quarterlight"))) / "checkpoints"
+    names = sorted(one.parent.name for one in bundled.glob("*/config.json"))
+    if str(model) in names:
+        return bundled / str(model)
+    if isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _download(model)
+    raise CheckpointError(
+        f"There is no model {str(model)!r}: it is neither a folder, nor a hub id such as 'owner/name', nor one of the "
+        f"bundled models ({', '.join(names) or 'none in this installation'})."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.md"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{hub_id!r} is not a folder here and cannot be fetched from the hub ({type(error).__name__}): check the "
+            "spelling, or download it elsewhere and give its folder."
+        ) from error
+
+
+def load_config(folder: Path, visual_token_compression: int | None = None) -> InternVLVTCConfig:
+    """The configuration of an InternVL or InternVL3-VTC folder, with s replaced if one is given.
+
+    Raises CheckpointError for another kind of model or an impossible s.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no readable config.json: {error}") from error
+    if not isinstance(config, InternVLConfig):
+        raise CheckpointError(f"{folder} holds a {config.model_type!r} model: expected an InternVL in its -hf form.")
+    values = config.to_dict()
+    values.pop("model_type")
+    if visual_token_compression is not None:
+        values["visual_token_compression"] = visual_token_compression
+    try:
+        return InternVLVTCConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+
+
+def load_backbone(
+    folder: str | os.PathLike[str],
+    *,
+    visual_token_compression: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    language_head: bool = False,
+) -> tuple[Any, InternVLVTCProcessor]:
+    """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
+
+    Plain ``InternVL3-*-hf`` folders load as well as our own, since compression has no weights.
+    visual_token_compression: replaces the saved s.  language_head: adds the head that writes words.
+    Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
+    """
+    folder = resolve_checkpoint(folder)
+    config = load_config(folder, visual_token_compression)
+    kind: Any = InternVLVTCForConditionalGeneration if language_head else InternVLVTCModel
+    with _quietly():
+        try:
+            model, report = kind.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+            processor = InternVLVTCProcessor.from_pretrained(folder)
+            processor.agree_with(config)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} among them.")
+    return model.to(device).eval(), processor
+
+
+def load_settings(folder: Path) -> EmbedderSettings:
+    """The settings of an embedder's folder; the defaults for a backbone that was never trained as one."""
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return EmbedderSettings()
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {content.get('format')!r}, not {FORMAT}: update quarterlight.")
+    return EmbedderSettings.from_dict(content["settings"])
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    processor: InternVLVTCProcessor,
+    settings: EmbedderSettings,
+    *,
+    dtype: torch.dtype | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes an embedder's folder under a temporary name and renames it; an older checkpoint there is replaced.
+
+    model: an ``InternVLVTCModel``, or one with a language head, which is left out.
+    dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
+    Raises CheckpointError when the folder exists and is not an embedder's.
+    """
+    target = Path(folder)
+    if target.exists() and any(target.iterdir()) and not (target / SETTINGS_FILE).is_file():
+        raise CheckpointError(f"{target} holds something else than an embedder: choose another folder to save to.")
+    backbone: Any = model.base_model
+    causal = settings.attention is Attention.CAUSAL
+    for config in (backbone.config, backbone.config.text_config):  # vLLM reads the first, transformers the second
+        config.is_causal = causal
+    processor.agree_with(backbone.config)
+    processor.image_processor.max_patches = settings.max_tiles
+    processor.chat_template = chat_template(
+        image=processor.image_token, defaults=settings.instructions, system=settings.system_prompt
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch, _quietly():
+        draft = Path(scratch) / "draft"
+        weights = {name: weight.to(dtype) if dtype else weight for name, weight in backbone.state_dict().items()}
+        backbone.save_pretrained(draft, state_dict=weights)
+        if dtype:
+            _edit_json(draft / "config.json", dtype=str(dtype).removeprefix("torch."))
+        processor.save_pretrained(draft)
+        if settings.pooling is PoolingMode.LAST_TOKEN:  # no stock module leaves an instruction out of a mean
+            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size)
+        _write_json(draft / SETTINGS_FILE, _describe(draft, backbone.config, settings, manifest))
+        if target.exists():
+            shutil.rmtree(target)
+        draft.replace(target)
+    return target
+
+
+def _describe(
+    draft: Path, config: Any, settings: EmbedderSettings, manifest: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": "embedder",
+        "dimension": config.text_config.hidden_size,
+        "visual_token_compression": config.visual_token_compression,
+        "tokens_per_tile": config.image_seq_length,
+        "settings": settings.to_dict(),
+        "templates": {  # for people; prompts.py is what is obeyed
+            role: Prompt(
+                role=role, instruction="{instruction}", num_images=1, text="{text}", system=settings.system_prompt
+            ).render()
+            for role in LABELS
+        },
+        "weights_hash": weights_hash(saved_tensors(draft)),
+        "manifest": dict(manifest or {}),
+    }
+
+
+def _write_sentence_transformers_files(folder: Path, dimension: int) -> None:
+    """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules."""
+    package = "sentence_transformers"
+    modules = {
+        "": f"{package}.base.modules.transformer.Transformer",
+        "1_Pooling": f"{package}.sentence_transformer.modules.pooling.Pooling",
+        "2_Normalize": f"{package}.base.modules.normalize.Normalize",
+    }
+    rows = [
+        {"idx": index, "name": str(index), "path": path, "type": kind}
+        for index, (path, kind) in enumerate(modules.items())
+    ]
+    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+    _write_json(folder / "modules.json", rows)
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            "modality_config": {
+                "text": forward,
+                "image": forward,
+                "message": {**forward, "format": "structured"},
+            },
+            "module_output_name": "token_embeddings",
+            "processing_kwargs": {"chat_template": {"sanitize_control_tokens": True}},
+        },
+    )
+    _write_json(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": "lasttoken"})
+    _write_json(folder / "2_Normalize/config.json", {})
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {role: f"{role}:" for role in LABELS},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight of a folder, in the order of their names. Raises CheckpointError if it has none."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise CheckpointError(f"{folder} has no weights in safetensors files.")
+    owners: dict[str, Path] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as tensors:
+            owners.update(dict.fromkeys(tensors.keys(), shard))
+    for name in sorted(owners):
+        with safe_open(owners[name], framework="pt") as tensors:
+            yield name, tensors.get_tensor(name)
+
+
+def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256, in hex, of the names, dtypes, shapes and bytes of tensors; independent of files and metadata."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars of transformers: loading takes a moment, and a library does not print."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _edit_json(file: Path, **values: Any) -> None:
+    _write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)

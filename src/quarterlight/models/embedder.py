@@ -1,0 +1,426 @@
+"""Embeddings of texts, pictures, both together and document pages.
+
+N items, D columns, Q queries, C candidates, T tiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from quarterlight.errors import CheckpointError, ImageError, InputError
+from quarterlight.images import load_image
+from quarterlight.models.checkpoint import (
+    load_backbone,
+    load_settings,
+    resolve_checkpoint,
+    saved_tensors,
+    weights_hash,
+)
+from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
+from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.pooling import embed
+from quarterlight.models.settings import EmbedderSettings
+from quarterlight.prompts import Role, chat_template
+from quarterlight.records import ArchiveMember, ImageSource, Item, ItemLike
+
+WINDOW_BYTES = 64 * 2**20
+"""Decoded tiles waiting for the model: one window of at most so many bytes is computed while the next is decoded."""
+
+FEATURE_CACHE_BYTES = 64 * 2**20
+"""Features of the pictures seen last in a call, kept for items that show the same picture with other words."""
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it (GPUs; CPUs with AMX or AVX512-BF16), float32 elsewhere."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
+    return torch.bfloat16
+
+
+class Embedder:
+    """One model for all modalities.
+
+    >>> embedder = Embedder("nano")                                                         # doctest: +SKIP
+    >>> query = embedder.encode_query("a red apple")                                        # doctest: +SKIP
+    >>> pages = embedder.encode_document([Item(image="page.png", max_tiles=4)])             # doctest: +SKIP
+    >>> embedder.similarity(query, pages)                                                   # doctest: +SKIP
+    """
+
+    _folder: Path | None = None  # of a model in memory
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "nano",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        visual_token_compression: int | None = None,
+        truncate_dim: int | None = None,
+        tokens_per_batch: int = 8192,
+        num_workers: int = 2,
+    ) -> None:
+        """
+        model: a bundled name, a folder or a hub id.
+        device: ``None`` takes a GPU if there is one.  dtype: ``None`` takes :func:`best_dtype`.
+        visual_token_compression: replaces the s that the checkpoint was saved with.
+        truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
+        tokens_per_batch: visual and text tokens, padding included, that go through the language model at once.
+        num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
+        Raises CheckpointError when there is no such model, InputError for an impossible ``truncate_dim``.
+        """
+        folder = resolve_checkpoint(model)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        backbone, processor = load_backbone(
+            folder,
+            visual_token_compression=visual_token_compression,
+            dtype=dtype or best_dtype(place),
+            device=place,
+        )
+        self._assemble(
+            backbone, processor, load_settings(folder), str(model), truncate_dim, tokens_per_batch, num_workers
+        )
+        self._folder = folder
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        processor: InternVLVTCProcessor,
+        settings: EmbedderSettings,
+        *,
+        name: str = "unsaved",
+        truncate_dim: int | None = None,
+        tokens_per_batch: int = 8192,
+        num_workers: int = 2,
+    ) -> Embedder:
+        """An embedder around a model in memory, whose language head, if any, is not used. Put it in ``eval`` mode."""
+        embedder = cls.__new__(cls)
+        embedder._assemble(model.base_model, processor, settings, name, truncate_dim, tokens_per_batch, num_workers)
+        return embedder
+
+    def _assemble(
+        self,
+        model: Any,
+        processor: InternVLVTCProcessor,
+        settings: EmbedderSettings,
+        name: str,
+        truncate_dim: int | None,
+        tokens_per_batch: int,
+        num_workers: int,
+    ) -> None:
+        if tokens_per_batch < 1 or num_workers < 0:
+            raise InputError(
+                "tokens_per_batch must be at least 1 and num_workers at least 0, "
+                f"got {tokens_per_batch} and {num_workers}."
+            )
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.settings = settings
+        self.tokens_per_batch = tokens_per_batch
+
+        self._formatter = InputFormatter(processor, settings)
+        self._workers = ThreadPoolExecutor(num_workers, "quarterlight-decode") if num_workers else _InPlace()
+        self._truncate_dim = self._checked_dim(truncate_dim)
+
+    @property
+    def dimension(self) -> int:
+        """Columns of an embedding."""
+        return self._truncate_dim or self._full_dimension
+
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles of a picture whose item does not say."""
+        return self.settings.max_tiles
+
+    @cached_property
+    def model_hash(self) -> str:
+        """SHA-256, in hex, of the weights and all else that changes an embedding; device and dtype, which change it by
+        rounding only, are left out. Reads all weights the first time."""
+        weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
+        settings = self.settings.to_dict()
+        settings.pop("method")
+        image_processor = self.processor.image_processor.to_dict()
+        image_processor.pop("max_patches")
+        recipe = {
+            "weights": weights_hash(weights),
+            "settings": settings,
+            "template": chat_template(image=self.processor.image_token, defaults=self.settings.instructions),
+            "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
+            "image_processor": image_processor,
+            "visual_token_compression": self.model.config.visual_token_compression,
+            "truncate_dim": self._truncate_dim,
+        }
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+
+    def encode_query(
+        self,
+        items: ItemLike | Sequence[ItemLike],
+        *,
+        instruction: str | None = None,
+        truncate_dim: int | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Embeddings of what is searched with: float32 ``[N, D]``, rows of norm 1, in the order of ``items``.
+
+        items: one or several of: text (a string, also if it looks like a path), a ``pathlib.Path`` or PIL image, an
+            :class:`Item` or a mapping of its fields, such as ``{"text": ..., "image": ...}``.
+        instruction: for items that have none of their own; ``None`` takes the checkpoint's default for their modality.
+        truncate_dim: as in the constructor, for this call.
+        Raises InputError or ImageError, naming the position, for an item that cannot be used.
+        """
+        return self._encode(items, "query", instruction, truncate_dim, show_progress)
+
+    def encode_document(
+        self,
+        items: ItemLike | Sequence[ItemLike],
+        *,
+        instruction: str | None = None,
+        truncate_dim: int | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Embeddings of what is searched for; arguments and result as in :meth:`encode_query`."""
+        return self._encode(items, "document", instruction, truncate_dim, show_progress)
+
+    def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Cosine of every query with every document, float32 ``[Q, C]``, of embeddings of norm 1; higher is closer."""
+        queries, documents = (np.atleast_2d(np.asarray(one, dtype=np.float32)) for one in (queries, documents))
+        if queries.shape[1] != documents.shape[1]:
+            raise InputError(
+                f"Queries have {queries.shape[1]} columns, documents {documents.shape[1]}: were they embedded by the "
+                "same model, with the same truncate_dim?"
+            )
+        return queries @ documents.T
+
+    @property
+    def _full_dimension(self) -> int:
+        return int(self.model.config.text_config.hidden_size)
+
+    def _checked_dim(self, truncate_dim: int | None) -> int | None:
+        if truncate_dim is not None and not 1 <= truncate_dim <= self._full_dimension:
+            raise InputError(f"truncate_dim must be from 1 to {self._full_dimension}, got {truncate_dim}.")
+        return truncate_dim
+
+    def _encode(
+        self,
+        items: ItemLike | Sequence[ItemLike],
+        role: Role,
+        instruction: str | None,
+        truncate_dim: int | None,
+        show_progress: bool,
+    ) -> np.ndarray:
+        columns = self._checked_dim(truncate_dim) or self.dimension
+        jobs = self._plan(_as_list(items), role, instruction)
+        embeddings_ND = np.empty((len(jobs), columns), dtype=np.float32)
+        done: dict[Any, np.ndarray] = {}  # what the model saw -> its embedding
+        seen = _LastUsed(FEATURE_CACHE_BYTES)
+        with tqdm(total=len(jobs), desc=f"embed {role}", unit="item", disable=not show_progress) as progress:
+            for window in self._windows(jobs):
+                fresh = {job.key: job for job in window if job.key not in done}
+                for batch in self._batches(sorted(fresh.values(), key=self._num_tokens)):
+                    rows_BD = self._embed(batch, seen)[:, :columns]
+                    rows_BD /= np.linalg.norm(rows_BD, axis=1, keepdims=True)
+                    done.update(zip((job.key for job in batch), rows_BD, strict=True))
+                for job in window:
+                    embeddings_ND[job.position] = done[job.key]
+                    job.pictures.clear()
+                progress.update(len(window))
+        if not np.isfinite(embeddings_ND).all():
+            raise CheckpointError(f"{self.name} gives embeddings that are not numbers: its weights are damaged.")
+        return embeddings_ND
+
+    def _plan(self, items: Sequence[ItemLike], role: Role, instruction: str | None) -> list[_Job]:
+        """The items with their prompts, pictures still to be decoded, those with most tokens first."""
+        parsed, prompts = [], []
+        for position, value in enumerate(items):
+            try:
+                parsed.append(Item.parse(value))
+            except InputError as error:
+                raise InputError(f"Item {position}: {error}") from error
+            prompts.append(self._formatter.prompt(parsed[-1], role, instruction, position))
+        jobs = [
+            _Job(position, item, prompt, self._formatter.max_tiles(item))
+            for position, (item, prompt) in enumerate(zip(parsed, self._formatter.tokenize(prompts), strict=True))
+        ]
+        return sorted(jobs, key=self._most_tokens, reverse=True)
+
+    def _windows(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """Runs of jobs with their pictures decoded; while one is being used, the pictures of the next are decoded."""
+        size = self.processor.image_processor.size
+        bytes_per_tile = size.height * size.width * 3
+        waiting: list[_Job] = []
+        window: list[_Job] = []
+        num_bytes = num_tokens = 0
+        for job in jobs:
+            window.append(job)
+            num_bytes += job.most_tiles * bytes_per_tile
+            num_tokens += self._most_tokens(job)
+            if num_bytes >= WINDOW_BYTES or num_tokens >= 2 * self.tokens_per_batch:
+                self._decode(window)
+                if waiting:
+                    yield self._collect(waiting)
+                waiting, window, num_bytes, num_tokens = window, [], 0, 0
+        self._decode(window)
+        for rest in (waiting, window):
+            if rest:
+                yield self._collect(rest)
+
+    def _decode(self, window: Sequence[_Job]) -> None:
+        """Hands the pictures of a window to the workers, each source once."""
+        futures: dict[Any, Future[_Picture]] = {}
+        for job in window:
+            for source in job.item.images:
+                # Opened pictures and bytes are the same if they are the same object, files if they have the same name.
+                named = isinstance(source, (str, os.PathLike, ArchiveMember))
+                key = (source if named else id(source), job.max_tiles)
+                if key not in futures:
+                    futures[key] = self._workers.submit(self._picture, source, job.max_tiles)
+                job.futures.append(futures[key])
+
+    def _picture(self, source: ImageSource, max_tiles: int) -> _Picture:
+        tiles = self.processor.image_processor.tiles(load_image(source), max_tiles)
+        return _Picture(tiles, hashlib.blake2b(tiles, digest_size=16).digest())
+
+    def _collect(self, window: list[_Job]) -> list[_Job]:
+        for job in window:
+            try:
+                job.pictures.extend(future.result() for future in job.futures)
+            except ImageError as error:
+                raise ImageError(f"Item {job.position}: {error}") from error
+            job.futures.clear()
+            job.key = (job.prompt, *(picture.digest for picture in job.pictures))
+        return window
+
+    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """Runs of jobs, shortest first, that fill ``tokens_per_batch`` when padded to the longest of the run."""
+        batch: list[_Job] = []
+        for job in jobs:
+            if batch and self._num_tokens(job) * (len(batch) + 1) > self.tokens_per_batch:
+                yield batch
+                batch = []
+            batch.append(job)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _embed(self, batch: Sequence[_Job], seen: _LastUsed) -> np.ndarray:
+        """Embeddings of a batch, float32 ``[B, D]``, all columns."""
+        counts = [[len(picture.tiles) for picture in job.pictures] for job in batch]
+        inputs: dict[str, Any] = {
+            name: tensor.to(self.model.device)
+            for name, tensor in self._formatter.collate([job.prompt for job in batch], counts).items()
+        }
+        if pictures := [picture for job in batch for picture in job.pictures]:
+            features = BaseModelOutputWithPooling(pooler_output=torch.cat(self._see(pictures, seen)))
+            inputs["mm_encoder_outputs"] = {"image": features}
+        settings = self.settings
+        return embed(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
+
+    def _see(self, pictures: Sequence[_Picture], seen: _LastUsed) -> list[Tensor]:
+        """The visual tokens of pictures, ``[T, tokens, D]`` each; the same picture goes through the tower once."""
+        unseen = {one.digest: one for one in pictures if one.digest not in seen}
+        features = {one.digest: seen[one.digest] for one in pictures if one.digest in seen}
+        if unseen:
+            tiles_THW3 = torch.from_numpy(np.concatenate([picture.tiles for picture in unseen.values()]))
+            vision = self.model.config.vision_config
+            patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
+            chunks = [
+                self.model.get_image_features(
+                    self.processor.image_processor.normalize_tiles(chunk.to(self.model.device)), return_dict=True
+                ).pooler_output
+                for chunk in tiles_THW3.split(max(1, self.tokens_per_batch // patches))
+            ]
+            parts = torch.cat(chunks).split([len(picture.tiles) for picture in unseen.values()])
+            for digest, part in zip(unseen, parts, strict=True):
+                features[digest] = part
+                seen.put(digest, part.clone())
+        return [features[picture.digest] for picture in pictures]
+
+    def _num_tokens(self, job: _Job) -> int:
+        tiles = (len(picture.tiles) for picture in job.pictures)
+        return job.prompt.num_tokens + sum(map(self._formatter.num_image_tokens, tiles))
+
+    def _most_tokens(self, job: _Job) -> int:
+        images = len(job.item.images)
+        return job.prompt.num_tokens + images * self._formatter.num_image_tokens(job.most_tiles // max(images, 1))
+
+
+@dataclass
+class _Picture:
+    tiles: np.ndarray  # uint8 [T, H, W, 3]
+    digest: bytes
+
+
+@dataclass
+class _Job:
+    """An item on its way to its embedding."""
+
+    position: int
+    item: Item
+    prompt: TokenizedPrompt
+    max_tiles: int
+    futures: list[Future[_Picture]] = field(default_factory=list)
+    pictures: list[_Picture] = field(default_factory=list)
+    key: Any = None
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of all its pictures, thumbnails included, if each has as many as it may."""
+        return len(self.item.images) * (self.max_tiles + (self.max_tiles > 1))
+
+
+class _InPlace:
+    """Stands in for a pool of threads when there are none."""
+
+    def submit(self, function: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _LastUsed:
+    """Tensors by key, the least recently used dropped when they take more than ``max_bytes`` together."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._tensors: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._tensors
+
+    def __getitem__(self, key: bytes) -> Tensor:
+        self._tensors.move_to_end(key)
+        return self._tensors[key]
+
+    def put(self, key: bytes, tensor: Tensor) -> None:
+        self._tensors[key] = tensor
+        self._num_bytes += tensor.nbytes
+        while self._num_bytes > self._max_bytes:
+            self._num_bytes -= self._tensors.popitem(last=False)[1].nbytes
+
+
+def _as_list(items: ItemLike | Sequence[ItemLike]) -> Sequence[ItemLike]:
+    if isinstance(items, (str, bytes, os.PathLike, Image.Image, Mapping, Item, ArchiveMember)):
+        return [items]  # type: ignore[list-item]
+    return list(items)

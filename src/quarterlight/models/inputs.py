@@ -1,0 +1,164 @@
+"""Items to tensors, the same way for training and for use.
+
+B rows, L tokens, T tiles, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quarterlight.errors import InputError
+from quarterlight.images import load_image
+from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.settings import EmbedderSettings
+from quarterlight.prompts import Prompt, Role
+from quarterlight.records import Item, ItemLike
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt whose pictures are still single slots, because their tiles have not been counted.
+
+    runs: (kind of segment, token ids) in order; the ids of a picture are empty.
+    """
+
+    runs: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens besides those of pictures."""
+        return sum(len(ids) for _, ids in self.runs)
+
+
+class InputFormatter:
+    """Writes items as the model was taught to read them.
+
+    Words that others wrote (texts and instructions) are plain text whatever they contain: ``<|im_end|>`` in a document
+    is spelt out, never the token that ends a turn.
+    """
+
+    def __init__(self, processor: InternVLVTCProcessor, settings: EmbedderSettings) -> None:
+        self.processor = processor
+        self.settings = settings
+        self._tokenizer = processor.tokenizer
+        special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        self._ids = lru_cache(maxsize=1024)(self._encode)
+
+    def __call__(self, items: Sequence[ItemLike], role: Role, instruction: str | None = None) -> dict[str, Tensor]:
+        """Tensors on the CPU for :func:`quarterlight.models.pooling.embed`; pictures are decoded here.
+
+        instruction: of items without one of their own; ``None`` takes the checkpoint's default for their modality.
+        Raises InputError naming the position of an item that cannot be used.
+        """
+        parsed = [Item.parse(item) for item in items]
+        prompts = [self.prompt(item, role, instruction, position) for position, item in enumerate(parsed)]
+        tiles = [self.tiles(item) for item in parsed]
+        counts = [[len(picture) for picture in pictures] for pictures in tiles]
+        batch = self.collate(self.tokenize(prompts), counts)
+        if pictures := list(chain.from_iterable(tiles)):
+            batch["pixel_values"] = self.processor.image_processor.normalize_tiles(
+                torch.from_numpy(np.concatenate(pictures))
+            )
+        return batch
+
+    def prompt(self, item: Item, role: Role, instruction: str | None = None, position: int = 0) -> Prompt:
+        """The prompt of an item; a picture that may have more tiles than one is a page.
+
+        Raises InputError, naming the position, for an item without text and image.
+        """
+        text, modality = (item.text or "").strip(), item.modality
+        if not text and not item.images:
+            raise InputError(f"Item {position} has neither text nor image: give at least one.")
+        if item.instruction is not None:
+            instruction = item.instruction
+        if instruction is None:
+            defaults = self.settings.instructions[role]
+            page = modality == "image" and self.max_tiles(item) > 1
+            instruction = defaults.get("page", defaults[modality]) if page else defaults[modality]
+        return Prompt(
+            role=role,
+            instruction=instruction,
+            num_images=len(item.images),
+            text=text,
+            system=self.settings.system_prompt,
+        )
+
+    def max_tiles(self, item: Item) -> int:
+        """The most tiles of each of an item's pictures."""
+        return item.max_tiles or self.settings.max_tiles
+
+    def tiles(self, item: Item) -> list[np.ndarray]:
+        """The tiles of each of an item's pictures, uint8 ``[T, H, W, 3]``. Raises ImageError."""
+        return [self.processor.image_processor.tiles(load_image(one), self.max_tiles(item)) for one in item.images]
+
+    def tokenize(self, prompts: Iterable[Prompt]) -> list[TokenizedPrompt]:
+        """Token ids of prompts, segment by segment, texts cut to ``text_max_tokens``."""
+        segments = [prompt.segments() for prompt in prompts]
+        texts = dict.fromkeys(one.text for one in chain.from_iterable(segments) if one.kind == "text")
+        limit = self.settings.text_max_tokens
+        text_ids = {text: ids[:limit] for text, ids in zip(texts, self._plain(list(texts)), strict=True)}
+        return [
+            TokenizedPrompt(
+                tuple((kind, text_ids[text] if kind == "text" else self._ids(kind, text)) for kind, text in prompt)
+            )
+            for prompt in segments
+        ]
+
+    def num_image_tokens(self, tiles: int) -> int:
+        """Tokens of a picture in so many tiles, its two brackets included."""
+        return 2 + tiles * self.processor.image_seq_length
+
+    def collate(self, prompts: Sequence[TokenizedPrompt], tiles: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """int64 ``[B, L]`` tensors, padded on the right: ``input_ids``, ``attention_mask``, ``instruction_mask``.
+
+        tiles: for each prompt, the number of tiles of each of its pictures.
+        """
+        rows = [self._expand(prompt, counts) for prompt, counts in zip(prompts, tiles, strict=True)]
+        length = max(len(ids) for ids, _ in rows)
+        batch = torch.zeros(3, len(rows), length, dtype=torch.int64)
+        batch[0] = self._tokenizer.pad_token_id
+        for index, (ids, instruction) in enumerate(rows):
+            batch[0, index, : len(ids)] = torch.tensor(ids)
+            batch[1, index, : len(ids)] = 1
+            batch[2, index, : len(ids)] = torch.tensor(instruction)
+        return dict(zip(("input_ids", "attention_mask", "instruction_mask"), batch, strict=True))
+
+    def _expand(self, prompt: TokenizedPrompt, tiles: Sequence[int]) -> tuple[list[int], list[int]]:
+        """All token ids, and 1 for each that belongs to the instruction."""
+        processor, counts = self.processor, iter(tiles)
+        all_ids: list[int] = []
+        instruction: list[int] = []
+        for kind, ids in prompt.runs:
+            if kind == "image":
+                context = [processor.image_token_id] * (next(counts) * processor.image_seq_length)
+                ids = (processor.start_image_token_id, *context, processor.end_image_token_id)
+            all_ids += ids
+            instruction += [int(kind == "instruction")] * len(ids)
+        return all_ids, instruction
+
+    def _encode(self, kind: str, text: str) -> tuple[int, ...]:
+        """Ids of a frame or an instruction, of which there are few."""
+        if kind == "instruction":
+            return self._plain([text])[0]
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _plain(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """Ids of words that others wrote, in which the spelling of a special token is only a spelling.
+
+        Texts are cut around such spellings, as ``apply_chat_template(sanitize_control_tokens=True)`` does.
+        """
+        pieces = [[piece for piece in self._special.split(text) if piece] for text in texts]
+        flat = list(chain.from_iterable(pieces))
+        if not flat:
+            return [()] * len(texts)
+        encoded = iter(self._tokenizer(flat, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return [tuple(chain.from_iterable(next(encoded) for _ in one)) for one in pieces]

@@ -1,0 +1,134 @@
+"""The sizes of InternVL3, buildable with random weights and without a network, for benchmarks.
+
+Sizes as in the ``config.json`` of OpenGVLab/InternVL3-{1B,2B,8B,14B}-hf: InternViT-300M and a Qwen2.5 language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
+
+from quarterlight.errors import InputError, did_you_mean
+from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageShape:
+    """A Qwen2.5 language model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+SHAPES = MappingProxyType(
+    {
+        "1B": LanguageShape(  # Qwen2.5-0.5B
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+        ),
+        "2B": LanguageShape(  # Qwen2.5-1.5B
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+        ),
+        "8B": LanguageShape(  # Qwen2.5-7B
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        ),
+        "14B": LanguageShape(  # Qwen2.5-14B
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=48,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+        ),
+    }
+)
+"""Name of an InternVL3 -> its language model; the vision tower is the same in all."""
+
+
+_NOISE = 1 << 20  # numbers drawn for one weight
+
+
+def internvl3_config(shape: str, *, visual_token_compression: int = 1) -> InternVLVTCConfig:
+    """The configuration of an InternVL3 by name. Raises InputError for an unknown name."""
+    if shape not in SHAPES:
+        raise InputError(f"There is no InternVL3 shape {shape!r}. {did_you_mean(shape, SHAPES)}")
+    return InternVLVTCConfig(
+        vision_config={
+            "model_type": "internvl_vision",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "attention_bias": True,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+        },
+        text_config={
+            "model_type": "qwen2",
+            **vars(SHAPES[shape]),
+            "vocab_size": 151_674,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 1_000_000.0,
+            "tie_word_embeddings": False,
+        },
+        tie_word_embeddings=False,
+        image_token_id=151_667,
+        visual_token_compression=visual_token_compression,
+    )
+
+
+def build_random(
+    shape: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    visual_token_compression: int = 1,
+    device: str | torch.device = "cpu",
+    language_head: bool = False,
+    seed: int = 0,
+) -> Any:
+    """A model of an InternVL3's size with random weights, in ``eval`` mode.
+
+    The weights are made in ``dtype`` and filled in place, so that no more memory is needed than they take.
+    language_head: adds the head that writes words, which embedding does without.
+    """
+    config = internvl3_config(shape, visual_token_compression=visual_token_compression)
+    auto = AutoModelForImageTextToText if language_head else AutoModel
+    with no_init_weights(), torch.device(device):
+        model = auto.from_config(config, dtype=dtype)
+    _fill(model, torch.Generator(device).manual_seed(seed))
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, generator: torch.Generator) -> None:
+    """Norms and layer scales become 1, biases 0, all else N(0, 0.02^2), from one block of noise that is used again and
+    again: drawing billions of numbers would take longer than the benchmark."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.zero_()
+        elif weight.ndim == 1:
+            weight.fill_(1.0)
+        else:
+            flat = weight.view(-1)
+            noise = 0.02 * torch.randn(min(flat.numel(), _NOISE), generator=generator, device=weight.device)
+            for chunk in flat.split(_NOISE):
+                chunk.copy_(noise[: chunk.numel()])

@@ -1,0 +1,250 @@
+"""One item, one embedding: whatever else is in the batch, in whatever order, from wherever it comes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from quarterlight import Embedder as PublicEmbedder
+from quarterlight import Item
+from quarterlight.errors import CheckpointError, ImageError, InputError
+from quarterlight.models.embedder import Embedder, best_dtype
+from quarterlight.models.settings import EmbedderSettings
+from quarterlight.prompts import query_instruction
+from quarterlight.records import ArchiveMember
+
+Pictures = Callable[..., Image.Image]
+
+
+@pytest.fixture
+def items(picture: Pictures) -> list[Any]:
+    """Texts, one tile, five tiles, two pictures, both together."""
+    return [
+        "a red apple",
+        picture(0),
+        Item(image=picture(1, 256, 64), max_tiles=4),
+        {"image": [picture(2), picture(3)]},
+        {"text": "the same, but blue and much, much longer than before", "image": picture(4)},
+        "x",
+        Item(image=[picture(5, 64, 200), picture(6, 128, 128)], text="two pages", max_tiles=4),
+        "a somewhat longer text about fruit, vegetables and other things",
+    ]
+
+
+class Counting:
+    """Counts the tiles and rows that reach a model."""
+
+    def __init__(self, embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tiles = self.rows = 0
+        see, forward = embedder.model.get_image_features, embedder.model.forward
+
+        def counted_see(pixels: torch.Tensor, **kwargs: Any) -> Any:
+            self.tiles += len(pixels)
+            return see(pixels, **kwargs)
+
+        def counted_forward(**kwargs: Any) -> Any:
+            self.rows += len(kwargs["input_ids"])
+            return forward(**kwargs)
+
+        monkeypatch.setattr(embedder.model, "get_image_features", counted_see)
+        monkeypatch.setattr(embedder.model, "forward", counted_forward)
+
+
+@pytest.fixture
+def fresh(tiny_checkpoint: Path) -> Embedder:
+    return Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu")
+
+
+def test_single_is_padded_is_any_order(tiny_embedder: Embedder, items: list[Any]) -> None:
+    together = tiny_embedder.encode_query(items)
+    assert together.dtype == np.float32
+    assert together.shape == (len(items), 32)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    assert (together @ together.T - np.eye(len(items))).max() < 0.99  # a model that tells them apart
+    alone = np.concatenate([tiny_embedder.encode_query(item) for item in items])
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-5)
+    order = np.random.default_rng(0).permutation(len(items))
+    shuffled = tiny_embedder.encode_query([items[index] for index in order])
+    np.testing.assert_allclose(shuffled, together[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 100, 100_000])
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_batch_size_and_workers_change_nothing(
+    tiny_checkpoint: Path, tiny_embedder: Embedder, items: list[Any], tokens_per_batch: int, num_workers: int
+) -> None:
+    other = Embedder(
+        tiny_checkpoint, dtype=torch.float32, device="cpu", tokens_per_batch=tokens_per_batch, num_workers=num_workers
+    )
+    np.testing.assert_allclose(
+        other.encode_document(items * 3), np.tile(tiny_embedder.encode_document(items), (3, 1)), rtol=0, atol=1e-5
+    )
+
+
+def test_mean_pooling_and_bidirectional_attention(fresh: Embedder, items: list[Any]) -> None:
+    settings = EmbedderSettings(method="u-marvel", pooling="mean", attention="bidirectional")  # type: ignore[arg-type]
+    embedder = Embedder.from_model(fresh.model, fresh.processor, settings)
+    together = embedder.encode_query(items)
+    alone = np.concatenate([embedder.encode_query(item) for item in items])
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-5)
+    assert np.abs(together - fresh.encode_query(items)).max() > 0.1
+
+
+def test_roles_and_instructions_matter(tiny_embedder: Embedder) -> None:
+    query, document = tiny_embedder.encode_query("x"), tiny_embedder.encode_document("x")
+    assert np.abs(query - document).max() > 1e-3
+    assert np.array_equal(tiny_embedder.encode_query("x", instruction=query_instruction(None)), query)
+    other = tiny_embedder.encode_query("x", instruction="Retrieve relevant texts based on a given query.")
+    assert np.abs(query - other).max() > 1e-3
+    own = tiny_embedder.encode_query(
+        Item(text="x", instruction="Retrieve relevant texts based on a given query."), instruction="Another."
+    )
+    assert np.array_equal(own, other)
+
+
+def test_same_picture_from_anywhere(tiny_embedder: Embedder, picture: Pictures, tmp_path: Path) -> None:
+    image = picture(0)
+    file = tmp_path / "a.png"
+    image.save(file)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(file, "inside.png")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    sources = [image, file, str(file), buffer.getvalue(), ArchiveMember(str(tmp_path / "a.zip"), "inside.png")]
+    embeddings = tiny_embedder.encode_document([Item(image=source) for source in sources])
+    assert all(np.array_equal(embedding, embeddings[0]) for embedding in embeddings)
+    assert np.array_equal(tiny_embedder.encode_document(file)[0], embeddings[0])
+
+
+def test_string_is_text_also_when_it_is_a_path(tiny_embedder: Embedder, picture: Pictures, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    picture(0).save(file)
+    as_text, as_image = tiny_embedder.encode_document([str(file), file])
+    assert np.abs(as_text - as_image).max() > 1e-3
+
+
+def test_same_picture_is_seen_once_and_same_item_embedded_once(
+    fresh: Embedder, picture: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(fresh, monkeypatch)
+    image, copy, other = picture(0), picture(0).copy(), picture(1)
+    items: list[Any] = [{"image": image, "text": text} for text in ("a", "b", "a")] + [
+        copy,
+        image,
+        other,
+        "a",
+        "a ",
+        "b",
+    ]
+    embeddings = fresh.encode_query(items)
+    assert counting.tiles == 2
+    assert counting.rows == 6
+    assert np.array_equal(embeddings[0], embeddings[2])
+    assert np.array_equal(embeddings[3], embeddings[4])
+    assert np.array_equal(embeddings[6], embeddings[7])
+
+
+def test_tile_limit_is_the_items(fresh: Embedder, picture: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(fresh, monkeypatch)
+    wide = picture(0, 256, 64)
+    one, four = fresh.encode_document([wide, Item(image=wide, max_tiles=4)])
+    assert counting.tiles == 1 + 5
+    assert np.abs(one - four).max() > 1e-3
+
+
+def test_truncate_dim(tiny_checkpoint: Path, tiny_embedder: Embedder, items: list[Any]) -> None:
+    full, short = tiny_embedder.encode_query(items), tiny_embedder.encode_query(items, truncate_dim=8)
+    expected = full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, rtol=0, atol=1e-6)
+    small = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", truncate_dim=8)
+    assert small.dimension == 8
+    np.testing.assert_allclose(small.encode_query(items), expected, rtol=0, atol=1e-5)
+    for columns in (0, 33, -1):
+        with pytest.raises(InputError, match=f"truncate_dim must be from 1 to 32, got {columns}"):
+            tiny_embedder.encode_query("x", truncate_dim=columns)
+        with pytest.raises(InputError, match="truncate_dim"):
+            Embedder(tiny_checkpoint, truncate_dim=columns)
+
+
+def test_no_items(tiny_embedder: Embedder) -> None:
+    assert tiny_embedder.encode_query([]).shape == (0, 32)
+    assert tiny_embedder.encode_document((), truncate_dim=4).shape == (0, 4)
+
+
+def test_long_text_is_cut(tiny_embedder: Embedder) -> None:
+    long = "word " * 500
+    longer = tiny_embedder.encode_document(long + "and more")
+    assert np.array_equal(tiny_embedder.encode_document(long), longer)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ("", InputError, "Item 1 has neither text nor image"),
+        ({"image": [], "text": None}, InputError, "Item 1 has neither text nor image"),
+        ({"txt": "x"}, InputError, "Item 1: An item has no field 'txt'"),
+        (7, InputError, "Item 1: An item is text"),
+        (Path("absent.jpg"), ImageError, r"Item 1: absent\.jpg"),
+        (Item(image=b"not a picture"), ImageError, "Item 1: .*not a picture"),
+    ],
+)
+def test_errors_name_the_position(tiny_embedder: Embedder, bad: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tiny_embedder.encode_query(["fine", bad])
+
+
+def test_any_iterable_sequence_of_items(tiny_embedder: Embedder) -> None:
+    def some() -> Iterator[str]:
+        yield from ("a", "b")
+
+    assert np.array_equal(tiny_embedder.encode_query(("a", "b")), tiny_embedder.encode_query(list(some())))
+
+
+def test_similarity(tiny_embedder: Embedder) -> None:
+    queries, documents = np.eye(3, 4, dtype=np.float32), np.eye(2, 4, dtype=np.float32)
+    assert np.array_equal(tiny_embedder.similarity(queries, documents), np.eye(3, 2, dtype=np.float32))
+    with pytest.raises(InputError, match="Queries have 4 columns, documents 2"):
+        tiny_embedder.similarity(queries, documents[:, :2])
+
+
+def test_broken_weights_are_not_passed_on(fresh: Embedder) -> None:
+    with torch.no_grad():
+        fresh.model.language_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        fresh.encode_query("x")
+
+
+def test_bfloat16_is_close(tiny_checkpoint: Path, tiny_embedder: Embedder, items: list[Any]) -> None:
+    low = Embedder(tiny_checkpoint, dtype=torch.bfloat16, device="cpu").encode_query(items)
+    assert low.dtype == np.float32
+    assert (low * tiny_embedder.encode_query(items)).sum(axis=1).min() > 0.99
+
+
+def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for capabilities, expected in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert best_dtype(cpu) is expected
+    assert best_dtype(torch.device("cuda")) is torch.bfloat16
+
+
+def test_compression_can_be_overridden(tiny_checkpoint: Path, picture: Pictures) -> None:
+    embedders = [
+        Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", visual_token_compression=s) for s in (1, 2, 4)
+    ]
+    assert [embedder.processor.image_seq_length for embedder in embedders] == [16, 4, 1]
+    embeddings = [embedder.encode_document(picture(0)) for embedder in embedders]
+    assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-3
+    assert len({embedder.model_hash for embedder in embedders}) == 3
+
+
+def test_public_name() -> None:
+    assert PublicEmbedder is Embedder

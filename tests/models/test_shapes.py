@@ -1,0 +1,45 @@
+"""InternVL3's sizes, by their published number of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from quarterlight.errors import InputError
+from quarterlight.models import shapes
+from quarterlight.models.internvl_vtc import InternVLVTCConfig
+from quarterlight.models.shapes import SHAPES, build_random, internvl3_config
+
+PARAMETERS = {"1B": 0.938e9, "2B": 2.09e9, "8B": 7.94e9, "14B": 15.1e9}  # as the model cards of InternVL3 say
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_number_of_parameters(shape: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(internvl3_config(shape))
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(PARAMETERS[shape], rel=2e-3)
+
+
+def test_tokens_of_a_tile() -> None:
+    assert [internvl3_config("2B", visual_token_compression=s).image_seq_length for s in (1, 2, 4)] == [256, 64, 16]
+    with pytest.raises(InputError, match="no InternVL3 shape '3B'"):
+        internvl3_config("3B")
+
+
+def test_build_random(monkeypatch: pytest.MonkeyPatch, tiny_values: dict[str, Any]) -> None:
+    monkeypatch.setattr(shapes, "internvl3_config", lambda _, **more: InternVLVTCConfig(**tiny_values, **more))
+    one, same, other = (build_random("tiny", dtype=torch.bfloat16, seed=seed) for seed in (0, 0, 1))
+    assert not one.training
+    assert {weight.dtype for weight in one.parameters()} == {torch.bfloat16}
+    assert one.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    for (name, first), second in zip(one.named_parameters(), same.parameters(), strict=True):
+        assert torch.isfinite(first).all(), name
+        assert torch.equal(first, second), name
+    assert not torch.equal(one.language_model.embed_tokens.weight, other.language_model.embed_tokens.weight)
+    with torch.inference_mode():
+        hidden = one(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state
+    assert torch.isfinite(hidden).all()
+    assert hidden.float().std() > 0.1
