@@ -1,0 +1,53 @@
+"""Small random changes of pictures that keep what they show.
+
+B pictures, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentRecipe:
+    """How far a picture may stray. No mirroring and no change of hue: arrows point and colours are asked for."""
+
+    scale: float = 0.17
+    """side lengths are multiplied by up to 1 +- this"""
+    aspect: float = 0.1
+    """height against width, up to 1 +- this"""
+    rotation: float = 0.17
+    """radians, either way"""
+    shift: float = 0.125
+    """of the side, either way"""
+    contrast: float = 0.15
+    """factor around mid-grey, up to 1 +- this"""
+    brightness: float = 10.0
+    """added to each colour channel, of 255, either way"""
+
+
+def augment(pictures_BHW3: Tensor, recipe: AugmentRecipe, generator: torch.Generator) -> Tensor:
+    """Each picture under its own random affine map and colour change, float32 ``[B, H, W, 3]`` in 0..255.
+
+    pictures_BHW3: uint8.  What moves in from outside is white.
+    """
+    B = len(pictures_BHW3)
+
+    def uniform(extent: float, *shape: int) -> Tensor:
+        return (torch.rand(B, *shape, generator=generator) * 2 - 1) * extent
+
+    scale, aspect, angle = 1 + uniform(recipe.scale), 1 + uniform(recipe.aspect), uniform(recipe.rotation)
+    shift_B2 = 2 * uniform(recipe.shift, 2)  # the map's unit is half a side
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    map_B23 = torch.stack(
+        [torch.stack([cos * aspect, -sin, shift_B2[:, 0]], 1), torch.stack([sin, cos / aspect, shift_B2[:, 1]], 1)], 1
+    )
+    pictures_B3HW = pictures_BHW3.movedim(-1, 1).float() - 255  # zero is white while the frame moves
+    grid = F.affine_grid(map_B23, list(pictures_B3HW.shape), align_corners=False)
+    pictures_B3HW = F.grid_sample(pictures_B3HW, grid, align_corners=False) + 255
+    factor, offset = 1 + uniform(recipe.contrast, 1, 1, 1), uniform(recipe.brightness, 3, 1, 1)
+    return ((pictures_B3HW - 128) * factor + 128 + offset).clamp(0, 255).movedim(1, -1)

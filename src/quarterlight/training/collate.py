@@ -1,0 +1,128 @@
+"""Batches of items to tensors for training, every picture decoded once in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from quarterlight.data.contrastive import BatchSampler, ContrastiveBatch
+from quarterlight.images import load_image
+from quarterlight.models.inputs import InputFormatter
+from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor
+from quarterlight.prompts import Role, query_instruction
+from quarterlight.records import Item
+from quarterlight.training.augment import AugmentRecipe, augment
+
+
+class Pictures:
+    """The tiles of pictures, kept as bytes in memory after their first use (12 KiB for a tile of 64 pixels)."""
+
+    def __init__(self, image_processor: InternVLVTCImageProcessor, recipe: AugmentRecipe | None = None) -> None:
+        self.image_processor = image_processor
+        self.recipe = recipe
+        self._tiles: dict[Hashable, np.ndarray] = {}
+
+    def tiles(self, items: Sequence[Item]) -> tuple[np.ndarray, list[list[int]]]:
+        """uint8 ``[T, H, W, 3]`` of all the items' pictures, and for each item the tiles of each of its pictures."""
+        tiles = [[self._one(source, item.max_tiles or 1) for source in item.images] for item in items]
+        flat = [one for pictures in tiles for one in pictures]
+        side = self.image_processor.size.height
+        stacked = np.concatenate(flat) if flat else np.empty((0, side, side, 3), np.uint8)
+        return stacked, [[len(one) for one in pictures] for pictures in tiles]
+
+    def pixel_values(self, tiles_THW3: np.ndarray, generator: torch.Generator | None) -> Tensor:
+        """float32 ``[T, 3, H, W]`` as the vision tower reads it; augmented when there is a recipe and a generator."""
+        pixels = torch.from_numpy(tiles_THW3)
+        if self.recipe is not None and generator is not None:
+            pixels = augment(pixels, self.recipe, generator)
+        return self.image_processor.normalize_tiles(pixels)
+
+    def _one(self, source: Any, max_tiles: int) -> np.ndarray:
+        if isinstance(source, Image.Image):  # mutable and without a name: nothing to remember it by
+            return self.image_processor.tiles(source, max_tiles)
+        key = (source, max_tiles)
+        if key not in self._tiles:
+            self._tiles[key] = self.image_processor.tiles(load_image(source), max_tiles).copy()
+        return self._tiles[key]
+
+
+class ItemEncoder(Protocol):
+    """Turns the items of one side of a batch into the inputs of a model."""
+
+    def __call__(
+        self, items: Sequence[Item], role: Role, instruction: str | None, generator: torch.Generator | None
+    ) -> dict[str, Any]: ...
+
+
+class Guide(Protocol):
+    """Makes the inputs of a second model that embeds the same items."""
+
+    def beside(self, inputs: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]: ...
+
+
+class PromptEncoder:
+    """Inputs of a multimodal language model: prompts and tiles; those of a guide beside them, if there is one."""
+
+    def __init__(self, formatter: InputFormatter, pictures: Pictures, guide: Guide | None = None) -> None:
+        self.formatter = formatter
+        self.pictures = pictures
+        self.guide = guide
+
+    def __call__(
+        self, items: Sequence[Item], role: Role, instruction: str | None, generator: torch.Generator | None
+    ) -> dict[str, Any]:
+        tiles_THW3, counts = self.pictures.tiles(items)
+        prompts = [self.formatter.prompt(item, role, instruction, n) for n, item in enumerate(items)]
+        inputs: dict[str, Any] = self.formatter.collate(self.formatter.tokenize(prompts), counts)
+        if len(tiles_THW3):
+            inputs["pixel_values"] = self.pictures.pixel_values(tiles_THW3, generator)
+        if self.guide is not None and generator is not None:
+            inputs["guide"] = self.guide.beside(inputs, items)
+        return inputs
+
+
+class ContrastiveSteps(Dataset[tuple[int, ContrastiveBatch]]):
+    """The batches of a run by step, so that ``Trainer`` resumes by skipping numbers instead of reading data."""
+
+    def __init__(self, sampler: BatchSampler, num_steps: int) -> None:
+        self.sampler = sampler
+        self.num_steps = num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> tuple[int, ContrastiveBatch]:
+        return step, self.sampler.batch(step)
+
+
+class ContrastiveCollator:
+    """One batch as two sides, each distinct candidate once.
+
+    Candidates that are equal in content share a row of ``candidate`` inputs, and ``candidate_index``, int64 [C], maps
+    the batch's candidates to those rows.
+    """
+
+    def __init__(self, encode: ItemEncoder, *, seed: int) -> None:
+        self.encode = encode
+        self.seed = seed
+
+    def __call__(self, steps: Sequence[tuple[int, ContrastiveBatch]]) -> dict[str, Any]:
+        ((step, batch),) = steps
+        generator = torch.Generator().manual_seed((self.seed << 40) + step)
+        rows: dict[Hashable, int] = {}
+        index = [rows.setdefault((c.item.text, c.item.images), len(rows)) for c in batch.candidates]
+        candidates = [batch.candidates[index.index(row)].item for row in range(len(rows))]
+        queries = [query.item for query in batch.queries]
+        return {
+            "query": self.encode(queries, "query", query_instruction(batch.task.task), generator),
+            "candidate": self.encode(candidates, "document", None, generator),
+            "candidate_index": torch.tensor(index),
+            "known_positive": torch.from_numpy(batch.known_positive),
+            "step": step,
+        }
