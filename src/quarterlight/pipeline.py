@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLVisionConfig, Qwen2Config
 
 from quarterlight.data.contrastive import TaskMixture
-from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask
+from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions
 from quarterlight.errors import DatasetError, RecipeError, did_you_mean
 from quarterlight.manifest import environment
 from quarterlight.models.checkpoint import load_backbone, load_settings, save_checkpoint
@@ -41,26 +41,38 @@ MANIFEST = "manifest.json"
 STAGES = ("start", "teacher", "tower", "contrast")
 """Random model and tokenizer; convolutional teacher; warm start of the tower; contrastive training."""
 
+_SCHEDULING = {"optimizer": {"save_every", "log_every", "num_workers"}, "loss": {"eval_every", "eval_queries"}}
+
 
 def run(recipe: Recipe, data: Path, folder: Path, *, only: str | None = None, report: Callable[[str], None]) -> Path:
-    """Runs every stage that is not finished, or one of them; returns the folder of the last, a checkpoint.
+    """Runs every stage that is not finished, or one of them; returns the folder of the last.
 
     data: the directory of the datasets that the recipe names.  report: called with a line before and after each stage.
     Raises RecipeError for an unknown stage, DatasetError for data that is missing or broken.
     """
-    if only is not None and only not in STAGES:
-        raise RecipeError(f"There is no stage {only!r}. {did_you_mean(only, STAGES)}")
+    stages = [stage for stage in STAGES if stage == "start" or getattr(recipe, stage) is not None]
+    if only is not None and only not in stages:
+        raise RecipeError(f"The recipe has no stage {only!r}. {did_you_mean(only, stages)}")
     pipeline = _Pipeline(recipe, data, folder)
-    for stage in STAGES:
-        if stage != "start" and getattr(recipe, stage) is None:
-            continue
+    last = only or stages[-1]
+    for stage in stages[: stages.index(last) + 1]:
         if pipeline.finished(stage):
             report(f"{stage}: finished before")
-        elif only in (None, stage):
+        elif only not in (None, stage):
+            raise RecipeError(
+                f"--only {only} needs the stage {stage}, which is not finished in {folder}: run it first."
+            )
+        else:
             report(f"{stage}: running")
-            seconds = pipeline.run(stage)
+            try:
+                seconds = pipeline.run(stage)
+            except OSError as error:
+                raise RecipeError(
+                    f"The stage {stage} cannot go on: {error.strerror or error} ({error.filename or folder}). What was "
+                    "saved is kept; mend it and start the same command again."
+                ) from error
             report(f"{stage}: finished in {seconds / 60:.1f} minutes")
-    return folder / "contrast"
+    return folder / last
 
 
 class _Pipeline:
@@ -71,6 +83,7 @@ class _Pipeline:
         self.data = data
         self.folder = folder
         self._tasks: dict[tuple[str, str, str], RetrievalTask] = {}
+        self._inputs: dict[str, str] = {}
 
     def finished(self, stage: str) -> bool:
         """Whether a stage's folder was written by this very recipe, as far as it matters to the stage."""
@@ -78,10 +91,25 @@ class _Pipeline:
         return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint(stage)
 
     def fingerprint(self, stage: str) -> str:
-        """SHA-256, in hex, of what the recipe says for this stage and those before it."""
+        """SHA-256, in hex, of the data and of what the recipe says for this stage and those before it.
+
+        What changes no weight (how often to save, log and validate, how many workers) is left out.
+        """
         ignored = {"name", *STAGES[STAGES.index(stage) + 1 :]}
         settings = {key: value for key, value in asdict(self.recipe).items() if key not in ignored}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        for one in (settings[name] for name in STAGES[1:] if settings.get(name)):
+            for section, keys in _SCHEDULING.items():
+                for key in keys & one.get(section, {}).keys():
+                    del one[section][key]
+        return hashlib.sha256(json.dumps([settings, self.inputs()], sort_keys=True).encode()).hexdigest()
+
+    def inputs(self) -> dict[str, str]:
+        """``dataset/task`` -> SHA-256, in hex, of its training files."""
+        if not self._inputs:
+            for one in self.recipe.mixture:
+                dataset = RetrievalDataset(self.data / one.dataset)
+                self._inputs[f"{one.dataset}/{one.task}"] = dataset.fingerprint(one.task, "train")
+        return self._inputs
 
     def run(self, stage: str) -> float:
         """Runs a stage; returns the seconds it took since it was last started."""
@@ -90,11 +118,16 @@ class _Pipeline:
         np.random.seed(self.recipe.seed)
         torch.manual_seed(self.recipe.seed)
         target, work = self.folder / stage, self.folder / f"{stage}.running"
+        if target.exists() and not (target / MANIFEST).is_file():
+            raise RecipeError(f"{target} was not made by training and is not overwritten: choose another --out.")
         mark = work / "fingerprint"
-        if work.exists() and (not mark.is_file() or mark.read_text() != self.fingerprint(stage)):
-            shutil.rmtree(work)  # half of a run of another recipe
         work.mkdir(parents=True, exist_ok=True)
-        mark.write_text(self.fingerprint(stage))
+        if not mark.is_file():
+            mark.write_text(self.fingerprint(stage))
+        elif mark.read_text() != self.fingerprint(stage):
+            raise RecipeError(
+                f"{work} holds half a run of another recipe or of other data: remove it, or choose another --out."
+            )
         draft = work / "result"
         getattr(self, stage)(work, draft)
         seconds = time.monotonic() - started
@@ -102,6 +135,7 @@ class _Pipeline:
             "stage": stage,
             "fingerprint": self.fingerprint(stage),
             "recipe": asdict(self.recipe),
+            "inputs_sha256": self.inputs(),
             "seconds": round(seconds),
             "environment": environment(),
         }
@@ -148,7 +182,7 @@ class _Pipeline:
             teacher,
             encode=TeacherEncoder(self._pictures(self._processor("start")), stage.network),
             mixture=self.mixture("train"),
-            validation=self._validation(),
+            validation=self._validation() if stage.loss.eval_every else [],
             recipe=stage.loss,
             optimizer=stage.optimizer,
             folder=work,
@@ -181,31 +215,28 @@ class _Pipeline:
         model, processor = self._backbone(before)
         settings = load_settings(self.folder / before)
         pictures = self._pictures(processor)
-        guide, guide_encoder = None, None
-        if stage.loss.guide_weight:
-            if self.recipe.teacher is None:
-                raise RecipeError("contrast.loss.guide_weight asks for a teacher, but the recipe has no teacher stage.")
-            guide, guide_encoder = self._teacher().eval(), TeacherEncoder(pictures, self.recipe.teacher.network)
+        teacher, teacher_encoder = None, None
+        if stage.teacher_weight:
+            assert self.recipe.teacher is not None
+            teacher, teacher_encoder = self._teacher(), TeacherEncoder(pictures, self.recipe.teacher.network)
         train_contrastive(
             PromptEmbedder(model),
-            encode=PromptEncoder(InputFormatter(processor, settings), pictures, guide_encoder),
+            encode=PromptEncoder(InputFormatter(processor, settings), pictures, teacher_encoder),
             mixture=self.mixture("train", stage.weights),
-            validation=self._validation(),
+            validation=self._validation() if stage.loss.eval_every else [],
             recipe=stage.loss,
             optimizer=stage.optimizer,
             folder=work,
             seed=self.recipe.seed,
-            guide=guide,
+            teacher=teacher,
+            teacher_weight=stage.teacher_weight,
         )
-        manifest = {"recipe": asdict(self.recipe), "environment": environment()}
+        manifest = {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(), "environment": environment()}
         save_checkpoint(draft, model, processor, settings, dtype=torch.bfloat16, manifest=manifest)
 
     def mixture(self, split: str, weights: Mapping[str, float] | None = None) -> TaskMixture:
         """The recipe's tasks of one split. weights: of a stage, by ``dataset/task``; they replace the recipe's."""
         names = [f"{one.dataset}/{one.task}" for one in self.recipe.mixture]
-        for name in weights or ():
-            if name not in names:
-                raise RecipeError(f"weights has {name!r}, which the mixture does not name. {did_you_mean(name, names)}")
         tasks = [self._task(one, split) for one in self.recipe.mixture]
         replaced = weights or {}
         shares = [replaced.get(name, one.weight) for name, one in zip(names, self.recipe.mixture, strict=True)]
@@ -221,7 +252,7 @@ class _Pipeline:
     def _task(self, one: TaskRecipe, split: str) -> RetrievalTask:
         key = (one.dataset, one.task, split)
         if key not in self._tasks:
-            self._tasks[key] = RetrievalDataset(self.data / one.dataset).load(one.task, split)
+            self._tasks[key] = with_instructions(RetrievalDataset(self.data / one.dataset).load(one.task, split))
         task = self._tasks[key]
         if not one.where:
             return task

@@ -59,6 +59,16 @@ def test_symmetric_averages_both_directions() -> None:
     assert both.item() == pytest.approx((forth.item() + back.item()) / 2, abs=1e-6)
 
 
+def test_symmetric_masks_known_positives_both_ways() -> None:
+    query, candidate = unit([1.0, 0.2], [0.3, 1.0]), unit([0.9, 0.1], [0.5, 0.5], [0.1, 0.9])
+    known = torch.tensor([[False, False, True], [True, False, False]])
+    both = info_nce(query, candidate, temperature=0.2, known_positive_QC=known, symmetric=True)
+    score = query @ candidate.T / 0.2
+    forth = [score[0, [0, 1]].logsumexp(0) - score[0, 0], score[1, [1, 2]].logsumexp(0) - score[1, 1]]
+    back = [score[0, 0] - score[0, 0], score[:, 1].logsumexp(0) - score[1, 1]]  # target 0 has no other query to fear
+    assert both.item() == pytest.approx(float((sum(forth) + sum(back)) / 4), abs=1e-6)
+
+
 def test_the_score_is_float32_under_autocast() -> None:
     torch.manual_seed(0)
     query, candidate = F.normalize(torch.randn(8, 64), dim=1), F.normalize(torch.randn(8, 64), dim=1)

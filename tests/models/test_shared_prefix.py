@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def batches(picture: Any) -> dict[str, list[Item]]:
 def test_equals_the_plain_way(
     tiny_embedder: Embedder, formatter: InputFormatter, picture: Any, name: str, implementation: str
 ) -> None:
-    model = tiny_embedder.model
+    model = copy.deepcopy(tiny_embedder.model)
     model.set_attn_implementation(implementation)
     inputs = formatter(batches(picture)[name], "query", "Find it.")
     assert common_prefix(inputs["input_ids"], inputs["attention_mask"], model.config.image_token_id) > 4

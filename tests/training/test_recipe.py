@@ -22,12 +22,17 @@ def test_the_nano_recipe_parses_and_names_its_numbers() -> None:
 def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
     recipe = load_recipe(
         NANO,
-        ["contrast.loss.temperature=0.02", "mixture.1.weight=7", "augment.rotation=0.5", "teacher=null", "tower=null"],
+        [
+            "contrast.loss.temperature=0.02",
+            "mixture.1.weight=7",
+            "augment.rotation=0.5",
+            "tower.optimizer.learning_rate=1e-3",
+        ],
     )
     assert recipe.contrast.loss.temperature == 0.02
     assert recipe.mixture[1].weight == 7.0
     assert recipe.augment is not None and recipe.augment.rotation == 0.5
-    assert recipe.teacher is None
+    assert recipe.tower is not None and recipe.tower.optimizer.learning_rate == 0.001
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,16 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("seed.x=5", "nothing can be set below it"),
         ("model={}", "lacks the key"),
         ("contrast", "--set takes"),
+        ("contrast.loss.temperature=[", "not valid YAML"),
+        ("contrast.loss.temperature=0.0", "temperature must be above 0"),
+        ("contrast.loss.eval_queries=0", "eval_queries must be at least 1"),
+        ("contrast.optimizer.warmup_steps=5000", "warmup_steps must be less than num_steps"),
+        ("contrast.optimizer.save_every=0", "save_every must be at least 1"),
+        ("contrast.weights={emoji/t2t2: 1.0}", "does not name. Did you mean 'emoji/t2t'"),
+        ("contrast.weights={emoji/t2i: 1.0}", "names more than once"),
+        ("model.vision.hiden_size=128", "hiden_size.*Did you mean 'hidden_size'"),
+        ("model.text.vocab_size=128", "unknown key 'vocab_size'"),
+        ("teacher=null", "no teacher stage"),
     ],
 )
 def test_a_bad_override_says_what_and_where(override: str, message: str) -> None:
@@ -54,11 +69,17 @@ def test_a_bad_override_says_what_and_where(override: str, message: str) -> None
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="There is no recipe"):
+    with pytest.raises(RecipeError, match="No such file"):
         load_recipe(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match="'seed' is given twice"):
+        load_recipe(broken)
+    broken.write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match="no UTF-8 text"):
         load_recipe(broken)
     broken.write_text("- a\n")
     with pytest.raises(RecipeError, match="must be a mapping"):

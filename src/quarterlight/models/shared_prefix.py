@@ -36,7 +36,7 @@ def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     embeds = model.get_input_embeddings()(input_ids)
     if (pixel_values := inputs.get("pixel_values")) is not None:
         features = model.get_image_features(pixel_values).pooler_output
-        slots = (input_ids == image_token_id).unsqueeze(-1)
+        slots = model.get_placeholder_mask(input_ids, embeds, features)  # checks that they are as many
         embeds = embeds.masked_scatter(slots, features.to(embeds.dtype))
     P = common_prefix(input_ids, mask, image_token_id)
     cache: Any = None

@@ -17,9 +17,9 @@ class AugmentRecipe:
     """How far a picture may stray. No mirroring and no change of hue: arrows point and colours are asked for."""
 
     scale: float = 0.17
-    """side lengths are multiplied by up to 1 +- this"""
+    """sides are divided by 1 +- up to this"""
     aspect: float = 0.1
-    """height against width, up to 1 +- this"""
+    """width is divided, and height multiplied, by 1 +- up to this"""
     rotation: float = 0.17
     """radians, either way"""
     shift: float = 0.125
@@ -33,7 +33,7 @@ class AugmentRecipe:
 def augment(pictures_BHW3: Tensor, recipe: AugmentRecipe, generator: torch.Generator) -> Tensor:
     """Each picture under its own random affine map and colour change, float32 ``[B, H, W, 3]`` in 0..255.
 
-    pictures_BHW3: uint8.  What moves in from outside is white.
+    pictures_BHW3: in 0..255, any dtype.  What moves in from outside is white.
     """
     B = len(pictures_BHW3)
 

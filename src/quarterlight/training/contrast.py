@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer
 
 from quarterlight.data.contrastive import BatchSampler, TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
+from quarterlight.metrics.ranking import hit, rank_embeddings
 from quarterlight.models.shared_prefix import embed_shared_prefix
-from quarterlight.prompts import Role, query_instruction
-from quarterlight.records import Item
+from quarterlight.prompts import Role
+from quarterlight.records import Candidate, Item, Query
 from quarterlight.training.collate import ContrastiveCollator, ContrastiveSteps, ItemEncoder
+from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint
 
 
 class PromptEmbedder(nn.Module):
@@ -39,61 +41,6 @@ class PromptEmbedder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerRecipe:
-    """AdamW with linear warm-up and cosine decay to zero."""
-
-    num_steps: int
-    """optimiser steps"""
-    learning_rate: float
-    """at its peak"""
-    warmup_steps: int = 100
-    """steps until the peak"""
-    weight_decay: float = 0.05
-    """decoupled; not on biases and norms"""
-    max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
-    bf16: bool = True
-    """autocast matrix products to bfloat16"""
-    save_every: int = 500
-    """steps between the checkpoints that a stopped run resumes from"""
-    log_every: int = 50
-    """steps between lines of the log"""
-    num_workers: int = 1
-    """processes that prepare batches; 0 prepares them between steps"""
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.learning_rate <= 0:
-            raise RecipeError(
-                f"A stage needs num_steps of at least 1 and a learning_rate above 0, got {self.num_steps} and "
-                f"{self.learning_rate}."
-            )
-
-    def arguments(self, folder: Path, *, seed: int, **more: Any) -> TrainingArguments:
-        """The same for ``Trainer``. A "sample" is a whole batch, hence the batch size of 1 and the given order."""
-        return TrainingArguments(
-            output_dir=str(folder),
-            max_steps=self.num_steps,
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            lr_scheduler_type="cosine",
-            optim="adamw_torch_fused",
-            bf16=self.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            per_device_train_batch_size=1,
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            dataloader_num_workers=self.num_workers,
-            save_steps=self.save_every,
-            save_total_limit=1,
-            logging_steps=self.log_every,
-            seed=seed,
-            **more,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ContrastRecipe:
     """What a contrastive stage does beyond its optimiser."""
 
@@ -105,12 +52,17 @@ class ContrastRecipe:
     """divides the scores (paper: 0.03)"""
     symmetric: bool = False
     """also ask each target for its query"""
-    guide_weight: float = 0.0
-    """of 1 - cosine to the teacher's embedding of the same item, at the first step; falls linearly to zero"""
     eval_every: int = 1000
     """steps between validations; 0 for none"""
     eval_queries: int = 500
     """queries of a validation task that are tried, and as many candidates besides their positives"""
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "num_negatives": 0, "eval_every": 0, "eval_queries": 1}.items():
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.temperature <= 0:
+            raise RecipeError(f"temperature must be above 0, got {self.temperature}.")
 
 
 class ContrastiveTrainer(Trainer):
@@ -122,16 +74,17 @@ class ContrastiveTrainer(Trainer):
         encode: ItemEncoder,
         recipe: ContrastRecipe,
         validation: Sequence[RetrievalTask],
-        guide: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        teacher_weight: float = 0.0,
         **more: Any,
     ) -> None:
         more["eval_dataset"] = list(validation)  # Trainer asks for one, though evaluate() is ours
         super().__init__(**more)
-        self.model_accepts_loss_kwargs = False
         self.encode = encode
         self.recipe = recipe
         self.validation = validation
-        self.guide = guide
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self.teacher_weight = teacher_weight
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -145,11 +98,11 @@ class ContrastiveTrainer(Trainer):
             known_positive_QC=inputs["known_positive"],
             symmetric=self.recipe.symmetric,
         )
-        if self.guide is not None:
-            weight = self.recipe.guide_weight * (1 - self.state.global_step / self.state.max_steps)
+        if self.teacher is not None:
+            weight = self.teacher_weight * (1 - self.state.global_step / self.state.max_steps)
             loss = loss + weight * (
-                self._distance(query_QD, inputs["query"]["guide"])
-                + self._distance(candidate_UD, inputs["candidate"]["guide"])
+                self._distance(query_QD, inputs["query"]["teacher"])
+                + self._distance(candidate_UD, inputs["candidate"]["teacher"])
             )
         if not torch.isfinite(loss):
             raise RecipeError(
@@ -158,15 +111,15 @@ class ContrastiveTrainer(Trainer):
             )
         return loss
 
-    def _distance(self, embedding_BD: Tensor, guide_inputs: Mapping[str, Any]) -> Tensor:
-        """1 - cosine to the guide's embeddings, averaged over the rows."""
-        assert self.guide is not None
+    def _distance(self, embedding_BD: Tensor, teacher_inputs: Mapping[str, Any]) -> Tensor:
+        """1 - cosine to the teacher's embeddings, averaged over the rows."""
+        assert self.teacher is not None
         with torch.no_grad():
-            wanted_BD = self.guide(guide_inputs)
+            wanted_BD = self.teacher(teacher_inputs)
         return 1 - (embedding_BD * wanted_BD).sum(dim=1).mean()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """P@1 per validation task (ties count against it), and their mean."""
+        """P@1 per validation task, on a fixed part of it, and their mean."""
         metrics = {f"eval_p1_{task.dataset}_{task.task}": self._precision(task) for task in self.validation}
         metrics["eval_p1_mean"] = float(np.mean(list(metrics.values())))
         self.log(metrics)
@@ -174,29 +127,36 @@ class ContrastiveTrainer(Trainer):
         return metrics
 
     def _precision(self, task: RetrievalTask) -> float:
-        limit = self.recipe.eval_queries
-        queries = task.queries[:: max(1, len(task.queries) // limit)][:limit]
+        queries = _evenly(task.queries, self.recipe.eval_queries)
         wanted = {did for query in queries for did in query.positives}
-        others = [c for c in task.candidates if c.did not in wanted]
-        candidates = [c for c in task.candidates if c.did in wanted] + others[:: max(1, len(others) // limit)][:limit]
-        query_QD = self._embed_all([query.item for query in queries], "query", query_instruction(task.task))
-        candidate_CD = self._embed_all([candidate.item for candidate in candidates], "document", None)
-        score_QC = query_QD @ candidate_CD.T
-        positive_QC = torch.tensor([[c.did in set(query.positives) for c in candidates] for query in queries])
-        best_Q = score_QC.masked_fill(~positive_QC, -torch.inf).amax(dim=1)
-        rival_Q = score_QC.masked_fill(positive_QC, -torch.inf).amax(dim=1)
-        return (best_Q > rival_Q).float().mean().item()
+        others = [candidate for candidate in task.candidates if candidate.did not in wanted]
+        candidates = [candidate for candidate in task.candidates if candidate.did in wanted]
+        candidates += _evenly(others, self.recipe.eval_queries)
+        column = {candidate.did: index for index, candidate in enumerate(candidates)}
+        ranks = rank_embeddings(
+            self._embed_all([query.item for query in queries], "query"),
+            self._embed_all([candidate.item for candidate in candidates], "document"),
+            [[column[did] for did in query.positives] for query in queries],
+        )
+        return float(hit(ranks, k=1).mean())
 
     @torch.inference_mode()
-    def _embed_all(self, items: list[Item], role: Role, instruction: str | None) -> Tensor:
+    def _embed_all(self, items: Sequence[Item], role: Role) -> npt.NDArray[np.float32]:
         model = self.model.eval()
-        size, parts = self.recipe.batch_size, []
-        for start in range(0, len(items), size):
-            inputs = self._prepare_inputs(self.encode(items[start : start + size], role, instruction, None))
-            with self.compute_loss_context_manager():
-                parts.append(model(inputs).float().cpu())
+        batches = (
+            items[start : start + self.recipe.batch_size] for start in range(0, len(items), self.recipe.batch_size)
+        )
+        parts = [model(self._prepare_inputs(self.encode(batch, role, None))).float().cpu() for batch in batches]
         model.train()
-        return torch.cat(parts)
+        return torch.cat(parts).numpy()
+
+
+_Record = TypeVar("_Record", Query, Candidate)
+
+
+def _evenly(records: Sequence[_Record], limit: int) -> list[_Record]:
+    """At most ``limit`` of the records, spread over all of them."""
+    return [records[index] for index in np.linspace(0, len(records) - 1, min(limit, len(records))).astype(int)]
 
 
 def train_contrastive(
@@ -209,10 +169,13 @@ def train_contrastive(
     optimizer: OptimizerRecipe,
     folder: Path,
     seed: int,
-    guide: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    teacher_weight: float = 0.0,
 ) -> ContrastiveTrainer:
     """Trains ``model``, a :class:`PromptEmbedder` or a teacher, in place, and returns its trainer.
 
+    teacher, teacher_weight: adds 1 - cosine to the teacher's embedding of the same item, so weighted at the first step
+        and falling linearly to zero; ``encode`` must then make the teacher's inputs too.
     Resumes from ``folder`` if a run was stopped there.
     """
     sampler = BatchSampler(mixture, batch_size=recipe.batch_size, num_negatives=recipe.num_negatives, seed=seed)
@@ -231,7 +194,8 @@ def train_contrastive(
         encode=encode,
         recipe=recipe,
         validation=validation,
-        guide=guide,
+        teacher=teacher,
+        teacher_weight=teacher_weight,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from transformers import InternVLVisionConfig, Qwen2Config
 
 from quarterlight.errors import RecipeError, did_you_mean
 from quarterlight.training.augment import AugmentRecipe
-from quarterlight.training.contrast import ContrastRecipe, OptimizerRecipe
+from quarterlight.training.contrast import ContrastRecipe
+from quarterlight.training.optimizer import OptimizerRecipe
 from quarterlight.training.teacher import TeacherRecipe
 from quarterlight.training.tower import TowerRecipe
 
@@ -52,6 +55,14 @@ class ModelRecipe:
     position_columns: int = 64
     """columns of the tower that start as positions, for structured attention; 0 starts it at random"""
 
+    def __post_init__(self) -> None:
+        # transformers takes any key and ignores those it does not know
+        for name, kind in {"vision": InternVLVisionConfig, "text": Qwen2Config}.items():
+            known = {one.name for one in dataclasses.fields(kind)} - {"vocab_size"}
+            for key in getattr(self, name):
+                if key not in known:
+                    raise RecipeError(f"model.{name} has an unknown key {key!r}. {did_you_mean(key, known)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherStage:
@@ -76,6 +87,8 @@ class ContrastStage:
 
     optimizer: OptimizerRecipe
     loss: ContrastRecipe = ContrastRecipe()
+    teacher_weight: float = 0.0
+    """of 1 - cosine to the teacher's embedding of the same item, at the first step; falls linearly to zero"""
     weights: Mapping[str, float] = field(default_factory=dict)
     """dataset/task -> weight in this stage, in place of that in the mixture"""
 
@@ -99,6 +112,17 @@ class Recipe:
     tower: TowerStage | None = None
     contrast: ContrastStage
 
+    def __post_init__(self) -> None:
+        if self.teacher is None and (self.tower is not None or self.contrast.teacher_weight):
+            raise RecipeError("The recipe has no teacher stage, which its tower or contrast.teacher_weight asks for.")
+        names = [f"{one.dataset}/{one.task}" for one in self.mixture]
+        for name in self.contrast.weights:
+            if names.count(name) != 1:
+                trouble = "names more than once" if name in names else "does not name"
+                raise RecipeError(
+                    f"contrast.weights has {name!r}, which the mixture {trouble}. {did_you_mean(name, set(names))}"
+                )
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file, with overrides such as ``contrast.loss.temperature=0.05`` put in.
@@ -106,13 +130,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError naming the key for an unknown key, a value of the wrong type, or a missing one.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"There is no recipe {path}: give the path of a YAML file such as recipes/nano.yaml."
-        ) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise RecipeError(f"{path} is no recipe ({reason}): give a YAML file such as recipes/nano.yaml.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must be a mapping of keys to values, got {values!r}.")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -122,10 +145,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         for parent in parents:
             level = _child(level, parent, key)
         if isinstance(level, list):
-            level[_position(level, last, key)] = yaml.safe_load(value)
+            level[_position(level, last, key)] = _load_yaml(value, f"--set {key}")
         else:
-            level[last] = yaml.safe_load(value)
+            level[last] = _load_yaml(value, f"--set {key}")
     return parse(Recipe, values, where=path.name)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number (1e-3 is one), and no key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {error}") from error
 
 
 def _child(level: Any, name: str, key: str) -> Any:

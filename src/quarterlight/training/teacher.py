@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quarterlight.errors import DatasetError
 from quarterlight.prompts import Role
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures
@@ -103,20 +104,24 @@ class TeacherEncoder:
         self.pictures = pictures
         self.num_ngrams = recipe.num_ngrams
 
-    def __call__(
-        self, items: Sequence[Item], role: Role, instruction: str | None, generator: torch.Generator | None
-    ) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Item], role: Role, generator: torch.Generator | None) -> dict[str, Any]:
+        """Raises DatasetError when the items are not alike, or have several pictures each."""
+        if len({(len(item.images), bool(item.text)) for item in items}) > 1 or len(items[0].images) > 1:
+            raise DatasetError(
+                "A teacher needs tasks whose queries, and whose candidates, are all text, all one picture, or all one "
+                "picture with text: take the task that is not out of the mixture, or train without a teacher."
+            )
         inputs: dict[str, Any] = {}
         if items[0].images:
             whole = [replace(item, max_tiles=1) for item in items]  # it reads a page as one small picture
-            inputs["pixel_values"] = self.pictures.pixel_values(self.pictures.tiles(whole)[0], generator)
+            inputs["pixel_values"] = self.pictures.pixel_values(*self.pictures.tiles(whole), generator)
         if items[0].text:
             inputs |= self.texts([item.text or "" for item in items])
         return inputs
 
     def beside(self, inputs: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
         """Inputs for the items that another encoder made ``inputs`` of, with its pixels if a picture is one tile."""
-        own = self(items, "document", None, None)
+        own = self(items, "document", None)
         if "pixel_values" in own and own["pixel_values"].shape == inputs["pixel_values"].shape:
             own["pixel_values"] = inputs["pixel_values"]
         return own

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
-from transformers.trainer_utils import get_last_checkpoint
 
+from quarterlight.errors import RecipeError
 from quarterlight.models.compression import compress
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures
-from quarterlight.training.contrast import OptimizerRecipe
+from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint
 from quarterlight.training.teacher import Teacher
 
 _NEIGHBOURS = [(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)]
@@ -34,7 +34,7 @@ class TowerRecipe:
     """What imitation does beyond its optimiser."""
 
     batch_size: int = 192
-    """tiles of a batch"""
+    """pictures of a batch"""
     middle_layer: int = 4
     """the layer, counted from 1, whose patches imitate the map at an eighth of the side"""
 
@@ -50,6 +50,11 @@ def structure_attention(tower: InternVLVisionModel, *, position_columns: int, st
     keys, and so sets how sharply a head looks.
     """
     config = tower.config
+    if position_columns % 4 or not 0 < position_columns < config.hidden_size:
+        raise RecipeError(
+            f"position_columns must be a multiple of 4 below the tower's width {config.hidden_size}, "
+            f"got {position_columns}."
+        )
     D, heads = config.hidden_size, config.num_attention_heads
     grid = config.image_size[0] // config.patch_size[0]
     count, width, first = position_columns // 4, D // heads // 4, D - position_columns
@@ -121,7 +126,12 @@ class _Imitation(nn.Module):
         losses = [
             F.mse_loss(guess.float(), target) / target.var() for guess, target in zip(guesses, targets, strict=True)
         ]
-        return {"loss": torch.stack(losses).sum()}
+        loss = torch.stack(losses).sum()
+        if not torch.isfinite(loss):
+            raise RecipeError(
+                "The loss of the tower stage is not finite: lower its learning rate. Its last checkpoint is kept."
+            )
+        return {"loss": loss}
 
 
 class _TileSteps(Dataset[Tensor]):
@@ -141,8 +151,8 @@ class _TileSteps(Dataset[Tensor]):
 
     def __getitem__(self, step: int) -> Tensor:
         chosen = np.random.default_rng((self.seed, step)).integers(len(self.items), size=self.batch_size)
-        tiles_THW3, _ = self.pictures.tiles([self.items[index] for index in chosen])
-        return self.pictures.pixel_values(tiles_THW3, torch.Generator().manual_seed((self.seed << 40) + step))
+        tiles = self.pictures.tiles([self.items[index] for index in chosen])
+        return self.pictures.pixel_values(*tiles, torch.Generator().manual_seed((self.seed << 40) + step))
 
 
 def imitate(
@@ -164,10 +174,17 @@ def imitate(
     def collate(batches: list[Tensor]) -> dict[str, Any]:
         return {"pixel_values": batches[0]}
 
+    vision = tower.config
+    if not 1 <= recipe.middle_layer <= vision.num_hidden_layers or vision.patch_size[0] != 8:
+        raise RecipeError(
+            f"Imitation needs patches of 8 pixels, the stride of the teacher's map, and a middle_layer from 1 to "
+            f"{vision.num_hidden_layers}; got patches of {vision.patch_size[0]} and middle_layer {recipe.middle_layer}."
+        )
+    arguments = optimizer.arguments(folder, seed=seed)
     trainer = Trainer(
-        model=_Imitation(tower, teacher, recipe),
-        args=optimizer.arguments(folder, seed=seed),
+        model=_Imitation(tower, teacher.to(arguments.device), recipe),
+        args=arguments,
         train_dataset=_TileSteps(items, pictures, recipe.batch_size, optimizer.num_steps, seed),
         data_collator=collate,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))

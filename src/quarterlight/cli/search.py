@@ -1,0 +1,81 @@
+"""``quarterlight search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from quarterlight.cli import console
+from quarterlight.cli.index import DEFAULT_STORE
+from quarterlight.errors import InputError
+from quarterlight.images import describe
+from quarterlight.index import IndexStore, Kind
+from quarterlight.records import Item
+from quarterlight.search.contact_sheet import write_contact_sheet
+from quarterlight.search.encoder import identity_of
+from quarterlight.search.retrieve import Hit, Searcher, snippet
+
+
+def search(
+    text: Annotated[str, typer.Argument(help="What to look for, in words.")] = "",
+    image: Annotated[Path | None, typer.Option(help="A picture to look for; with words: what to change in it.")] = None,
+    type: Annotated[Kind | None, typer.Option(help="Only pictures, only PDF pages or only texts.")] = None,
+    within: Annotated[Path | None, typer.Option("--in", help="Only this file, or files in this folder.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many results.")] = 10,
+    store: Annotated[Path, typer.Option(help="Folder of the index.", show_default="./.quarterlight")] = DEFAULT_STORE,
+    model: Annotated[str, typer.Option(help="The model that the index was made with.")] = "nano",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the results as a page for the browser.")] = None,
+) -> None:
+    """Find pictures, PDF pages and texts of an index with words, with a picture, or with both.
+
+    \b
+    quarterlight search "a red apple"
+    quarterlight search --image apple.jpg --type image --top-k 20
+    quarterlight search "the same in green" --image apple.jpg --html found.html
+    quarterlight search "training loss" --type page --in ~/papers
+    """
+    if image is None and not text.strip():
+        raise typer.BadParameter("Nothing to look for: give words, --image FILE, or both.")
+    query = Item(text=text.strip() or None, image=image)
+    from quarterlight.models.embedder import Embedder
+
+    embedder = Embedder(model)
+    hits = Searcher(IndexStore.open(store, identity_of(embedder)), embedder).search(
+        query, kind=type, within=within, top_k=top_k
+    )
+    if as_json:
+        console.print_json({"query": {"text": query.text, "image": image}, "hits": [_record(hit) for hit in hits]})
+    elif hits:
+        console.out.print(_table(hits))
+    else:
+        console.err.print("Nothing was found.")
+    if html is not None:
+        try:
+            write_contact_sheet(html, [(query, hits)], title=f"Quarterlight: {describe(store)}")
+        except OSError as error:
+            raise InputError(f"{describe(html)} cannot be written: {error.strerror}.") from error
+        console.err.print(f"Wrote {describe(html)}.", markup=False, soft_wrap=True)
+
+
+def _record(hit: Hit) -> dict[str, Any]:
+    names = ("score", "kind", "page", "section", "title", "snippet", "width", "height", "uri")
+    return {"path": str(hit.path)} | {name: getattr(hit, name) for name in names}
+
+
+def _table(hits: list[Hit]) -> Table:
+    table = console.table("#", "score", "kind", "path", "page", "text", right=("#", "score", "page"))
+    for rank, hit in enumerate(hits, start=1):
+        words = snippet(f"{hit.title}: {hit.snippet}" if hit.title else hit.snippet, "", max_chars=100)
+        cells = (rank, f"{hit.score:.3f}", hit.kind, _short(hit.path), hit.page or "", words)
+        table.add_row(*(Text(str(cell)) for cell in cells))  # Text, since a file may be called "[red]"
+    return table
+
+
+def _short(path: Path) -> str:
+    here = Path.cwd()
+    return describe(path.relative_to(here) if path.is_relative_to(here) else path)

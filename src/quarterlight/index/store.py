@@ -1,0 +1,318 @@
+"""Vectors on disk: one LanceDB table for each model, changed one whole file at a time.
+
+    STORE/vectors_<model hash>.lance/    the table, see quarterlight.index.rows
+    STORE/vectors_<model hash>.json      which model made it
+    STORE/lock                           held by the one process that writes
+
+Every change is one commit of LanceDB: a process that is killed leaves the table as it was before or after the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import json
+import operator
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from quarterlight.errors import InputError, StoreError, did_you_mean
+from quarterlight.images import describe
+from quarterlight.index.rows import KINDS, Kind, Row, from_record, schema, to_table, uri_of
+
+if TYPE_CHECKING:  # LanceDB takes a second to import, which a --help should not
+    from lancedb.expr import Expr
+
+MAX_FLAT_ROWS = 10_000
+"""So many rows may be compared with the query one by one; when there are more outside the index, it is built anew."""
+
+MAX_FRAGMENTS = 100
+"""Pieces, one to a commit, from which on they are merged.  LanceDB rewrites the whole table for that, and the larger it
+is the more of it is in memory (measured: 150 MB at 20,000 rows, 360 MB at 60,000), so it is done only now and then."""
+
+NUM_PROBES = 20
+"""Partitions (of some 8,000 rows) that a search opens at least; with a filter, as many more as it needs."""
+
+REFINE_FACTOR = 10
+"""The index proposes so many times the wanted number of rows, which are then ranked by their exact vectors."""
+
+_VECTOR_INDEX = "vector_idx"
+
+KEEP_VERSIONS = datetime.timedelta(minutes=10)
+"""How long a version of the table outlives its successor, for the sake of searches that are under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """What makes vectors comparable.
+
+    name: as the user wrote it.  hash: hex, over weights and everything else that changes an embedding.
+    dimension: the width of a vector.
+    """
+
+    name: str
+    hash: str
+    dimension: int
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.dimension} dimensions, hash {self.hash[:12]})"
+
+    @property
+    def table_name(self) -> str:
+        return f"vectors_{self.hash[:16]}"
+
+
+class IndexedFile(NamedTuple):
+    """What the store knows of a file that it holds rows of; fields as in :class:`Row`."""
+
+    size: int
+    mtime_ns: int
+    content_hash: str
+    problems: tuple[str, ...]
+
+
+class Match(NamedTuple):
+    """A row that a search found; score is the cosine, 1 at best."""
+
+    row: Row
+    score: float
+
+
+class IndexStore:
+    """The table of one model in a store folder.  Made by :meth:`open` and :meth:`create`."""
+
+    def __init__(self, folder: Path, model: ModelIdentity, table: Any) -> None:
+        self.folder = folder
+        self.model = model
+        self._table = table
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], model: ModelIdentity) -> IndexStore:
+        """The existing table of ``model``.  Raises StoreError when there is no store, or only of other models."""
+        folder = Path(folder)
+        known = models_of(folder)
+        if not known:
+            raise StoreError(
+                f"There is no index in {describe(folder)}. Make one with `quarterlight index FOLDER --store "
+                f"{describe(folder)}`, or name the folder of an existing one with --store."
+            )
+        if model.hash not in {other.hash for other in known}:
+            others = " and ".join(map(str, known))
+            raise StoreError(
+                f"The index in {describe(folder)} was built with model {others}, but this is model {model}: their "
+                "vectors cannot be compared. Choose the model of the index with --model, or run `quarterlight index` "
+                "again with this one."
+            )
+        with _readable(folder):
+            return cls(folder, model, _connect(folder).open_table(model.table_name))
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], model: ModelIdentity) -> IndexStore:
+        """The table of ``model``, made empty if it is not there yet.  Raises StoreError when it cannot be written."""
+        folder = Path(folder)
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            table = _connect(folder).create_table(model.table_name, schema=schema(model.dimension), exist_ok=True)
+            manifest = folder / f"{model.table_name}.json"
+            if not manifest.exists():
+                created = datetime.datetime.now(datetime.UTC).isoformat()
+                unfinished = manifest.with_suffix(".tmp")
+                unfinished.write_text(json.dumps({"model": asdict(model), "created": created}, indent=2) + "\n")
+                unfinished.replace(manifest)
+        return cls(folder, model, table)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other writers out, of this and every other model.  Raises StoreError when one is at work."""
+        with _writable(self.folder):
+            lock = (self.folder / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
+            except BlockingIOError:
+                raise StoreError(
+                    f"Another process is writing to the index in {describe(self.folder)}: wait until it has finished."
+                ) from None
+            yield
+
+    def count(self, kind: Kind | None = None) -> int:
+        """The number of rows, of one kind or in all."""
+        where = _where(kind, None)
+        with _readable(self.folder):
+            return int(self._table.count_rows(where.to_sql() if where is not None else None))
+
+    def files(self, *, within: str | os.PathLike[str] | None = None) -> dict[str, IndexedFile]:
+        """URI -> what is known of the file, for every file that has rows, or only those in the folder ``within``."""
+        where = _where(None, within)
+        columns = ["uri", *IndexedFile._fields]
+        files: dict[str, IndexedFile] = {}
+        with _readable(self.folder):
+            for batch in self._select(where, columns).to_batches():
+                for record in batch.to_pylist():
+                    uri = record.pop("uri")
+                    files[uri] = IndexedFile(**record | {"problems": tuple(record["problems"])})
+        return files
+
+    def rows(self, uris: Collection[str]) -> tuple[list[Row], npt.NDArray[np.float32]]:
+        """All rows of some files with their vectors, float32 [rows, dimension], in no particular order."""
+        with _readable(self.folder):
+            table = self._select(_of(uris), None).to_arrow()
+        flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        rows = [from_record(record) for record in table.drop_columns(["vector"]).to_pylist()]
+        return rows, flat.reshape(len(rows), self.model.dimension)
+
+    def upsert(self, rows: Sequence[Row], vector_ND: npt.NDArray[np.float32], *, known: Collection[str] = ()) -> None:
+        """Write all rows of some files in one commit, in place of what the table held of these files.
+
+        vector_ND: one vector of L2 norm 1 for each row.
+        known: URIs, among those of ``rows``, that may have older rows.
+        Raises StoreError when it cannot be written; the table is then as before.
+        """
+        if not rows:
+            return
+        if vector_ND.shape != (len(rows), self.model.dimension):
+            raise InputError(
+                f"Expected {len(rows)} vectors of {self.model.dimension} dimensions for {len(rows)} rows, "
+                f"got an array of shape {list(vector_ND.shape)}."
+            )
+        merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        if known:
+            merge = merge.when_not_matched_by_source_delete(_of(known))
+        with _writable(self.folder):
+            merge.execute(to_table(rows, vector_ND))
+
+    def delete(self, uris: Collection[str]) -> None:
+        """Remove all rows of some files."""
+        if uris:
+            with _writable(self.folder):
+                self._table.delete(_of(uris))
+
+    def optimize(self) -> None:
+        """Build the vector index anew when many rows are not in it, and merge pieces when there are many.
+
+        Call it while :meth:`writing`: it also removes what killed writers left behind.
+        """
+        from lancedb.index import IvfFlat, IvfRq
+
+        with _writable(self.folder):
+            if self._table.stats()["fragment_stats"]["num_fragments"] > MAX_FRAGMENTS:
+                self._table.optimize(cleanup_older_than=KEEP_VERSIONS, delete_unverified=True)
+            stats = self._table.index_stats(_VECTOR_INDEX)
+            num_outside = self._table.count_rows() if stats is None else stats.num_unindexed_rows
+            if num_outside > MAX_FLAT_ROWS:
+                quantised = self.model.dimension % 8 == 0  # RaBitQ packs the signs of eight dimensions in a byte
+                config = IvfRq(distance_type="cosine") if quantised else IvfFlat(distance_type="cosine")
+                self._table.create_index("vector", config=config, name=_VECTOR_INDEX, replace=True)
+
+    def search(
+        self,
+        vector_D: npt.NDArray[np.float32],
+        *,
+        top_k: int = 10,
+        kind: Kind | None = None,
+        within: str | os.PathLike[str] | None = None,
+    ) -> list[Match]:
+        """The ``top_k`` rows of highest cosine, best first; equal ones in order of file and part.
+
+        vector_D: one vector of L2 norm 1.
+        kind, within: only rows of this kind, and only this file or the files in this folder.
+        """
+        if top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {top_k}.")
+        if vector_D.shape != (self.model.dimension,):
+            raise InputError(
+                f"Expected a vector of {self.model.dimension} dimensions, got shape {list(vector_D.shape)}."
+            )
+        query = self._table.search(vector_D, vector_column_name="vector").distance_type("cosine").limit(top_k)
+        query = query.minimum_nprobes(NUM_PROBES).maximum_nprobes(0).refine_factor(REFINE_FACTOR)
+        where = _where(kind, within)
+        if where is not None:
+            query = query.where(where, prefilter=True)
+        with _readable(self.folder):
+            found = query.select([*Row.__dataclass_fields__, "_distance"]).to_list()
+        matches = [Match(from_record(record), 1.0 - record["_distance"]) for record in found]
+        return sorted(matches, key=lambda match: (-match.score, match.row.uri, match.row.part))
+
+    def _select(self, where: Expr | None, columns: list[str] | None) -> Any:
+        query = self._table.search()
+        if where is not None:
+            query = query.where(where)
+        return query.select(columns or self._table.schema.names)
+
+
+def models_of(folder: str | os.PathLike[str]) -> list[ModelIdentity]:
+    """The models that have a table in a store, oldest first; none when there is no store."""
+    found = []
+    for manifest in Path(folder).glob("vectors_*.json"):
+        try:
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            found.append((content["created"], ModelIdentity(**content["model"])))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{describe(manifest)} does not describe an index: {error}. Remove it to index anew."
+            ) from error
+    return [model for _, model in sorted(found, key=lambda pair: pair[0])]
+
+
+def _connect(folder: Path) -> Any:
+    import lancedb
+
+    return lancedb.connect(folder, read_consistency_interval=datetime.timedelta(0))  # a search sees what is committed
+
+
+def _of(uris: Collection[str]) -> Expr:
+    from lancedb.expr import col
+
+    return col("uri").isin(sorted(uris))
+
+
+def _where(kind: Kind | None, within: str | os.PathLike[str] | None) -> Expr | None:
+    from lancedb.expr import col, lit
+
+    conditions = []
+    if kind is not None:
+        if kind not in KINDS:
+            raise InputError(f"There is no kind of result {kind!r}. {did_you_mean(kind, KINDS)}")
+        conditions.append(col("kind") == lit(kind))
+    if within is not None:
+        uri = uri_of(within).rstrip("/")
+        below = (col("uri") >= lit(f"{uri}/")) & (col("uri") < lit(f"{uri}0"))  # "0" follows "/" in ASCII
+        conditions.append((col("uri") == lit(uri)) | below)
+    return functools.reduce(operator.and_, conditions) if conditions else None
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"The index in {describe(folder)} cannot be read: {_reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StoreError(
+            f"The index in {describe(folder)} cannot be written: {_reason(error)}. What was written before is kept; "
+            "run the same command again when this is mended."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """``No space left on device`` out of what Lance wraps around it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    inner = re.search(r"LanceError\(\w+\): (.+?)(?: \(os error \d+\))?(?:, /\S+:\d+:\d+|$)", text)
+    return (inner[1] if inner else text).rstrip(".")

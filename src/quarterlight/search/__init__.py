@@ -1,0 +1,1 @@
+"""From files to rows, and from a query to what it finds."""

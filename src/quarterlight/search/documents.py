@@ -1,0 +1,200 @@
+"""A file taken apart into what is embedded: a picture, the pages of a PDF, the sections of a text.
+
+Each reader yields parts one after the other, so that a long PDF is never in memory as a whole, and problems with single
+pages in between.  What is wrong with the whole file is raised as InputError, whose message starts with the file's name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pypdfium2 as pdfium
+from PIL import Image
+
+from quarterlight.errors import InputError
+from quarterlight.images import describe, image_size, load_image
+from quarterlight.index import Kind
+from quarterlight.records import Item
+from quarterlight.search.sections import Section, markdown_sections, plain_sections
+from quarterlight.search.walk import FoundFile
+
+IMAGE_PIXELS = 448
+"""Shortest side that a large picture keeps: the tile of InternVL."""
+
+PAGE_PIXELS = 896
+"""Longest side of a rendered page: two tiles of InternVL, of which a page gets two or four."""
+
+PAGE_TILES = 4
+"""Tiles of a page, thumbnail not counted (Magic-MM-Embedding, section 5.2)."""
+
+MAX_TEXT_BYTES = 16 * 2**20
+"""A larger text file is data rather than something to read, and is reported instead."""
+
+MAX_PAGE_CHARS = 20_000
+"""Where the text layer kept of one page ends."""
+
+THUMBNAIL_PIXELS = 320
+THUMBNAIL_BYTES = 32 * 2**10
+
+_pdfium_lock = threading.Lock()  # PDFium is not thread-safe, not even for two documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What becomes one row; fields as in :class:`quarterlight.index.Row`, ``item`` is what the model gets."""
+
+    item: Item
+    kind: Kind
+    part: int
+    width: int = 0
+    height: int = 0
+    thumbnail: bytes = b""
+    text: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class BrokenPart:
+    """A page that cannot be read; the reason is a sentence."""
+
+    reason: str
+
+
+def read_parts(file: FoundFile) -> Iterator[Part | BrokenPart]:
+    """Everything in a file that can be found.  Raises InputError when there is nothing, or it cannot be read."""
+    match file.reader:
+        case "image":
+            yield _read_image(file.path)
+        case "pdf":
+            yield from _read_pages(file.path)
+        case "markdown":
+            yield from _text_parts(file.path, markdown_sections(_read_text(file.path)))
+        case "text":
+            yield from _text_parts(file.path, plain_sections(_read_text(file.path)))
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A WebP picture of at most 320 pixels a side and 32 KB."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), reducing_gap=2.0)
+    for quality in (75, 50, 25, 0):  # 32 KB are rarely reached: the first try fits all but noise
+        stream = io.BytesIO()
+        small.save(stream, "WEBP", quality=quality, method=1)
+        if stream.tell() <= THUMBNAIL_BYTES:
+            break
+    return stream.getvalue()
+
+
+def _read_image(path: str) -> Part:
+    image = load_image(path, reduce_to=IMAGE_PIXELS)
+    width, height = image_size(path)
+    item = Item(image=image, max_tiles=1)
+    return Part(item=item, kind="image", part=0, width=width, height=height, thumbnail=thumbnail(image))
+
+
+def _read_pages(path: str) -> Iterator[Part | BrokenPart]:
+    document = _open_pdf(path)
+    try:
+        with _pdfium_lock:
+            num_pages = len(document)
+            title = _clean(document.get_metadata_value("Title"))
+        if not num_pages:
+            raise InputError(f"{describe(path)} has no pages.")
+        for number in range(1, num_pages + 1):
+            try:
+                with _pdfium_lock:
+                    image, text, size = _render(document, number - 1)
+            except (pdfium.PdfiumError, ValueError, MemoryError) as error:
+                yield BrokenPart(f"page {number} of {num_pages} cannot be read: {str(error).rstrip('.')}")
+                continue
+            yield Part(
+                item=Item(image=image, max_tiles=PAGE_TILES),
+                kind="page",
+                part=number,
+                width=round(size[0]),
+                height=round(size[1]),
+                thumbnail=thumbnail(image),
+                text=_clean(text)[:MAX_PAGE_CHARS],
+                title=title,
+            )
+    finally:
+        with _pdfium_lock:
+            document.close()
+
+
+def _open_pdf(path: str) -> pdfium.PdfDocument:
+    try:
+        # by its name, PDFium could not open what is not UTF-8; the document closes it
+        file = Path(path).open("rb")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
+    try:
+        if not file.read(1):
+            file.close()
+            raise InputError(f"{describe(path)} is empty (0 bytes): expected a PDF.")
+        with _pdfium_lock:
+            return pdfium.PdfDocument(file, autoclose=True)
+    except pdfium.PdfiumError as error:
+        file.close()
+        if "password" in str(error).lower():
+            raise InputError(f"{describe(path)} is encrypted: save a copy without password to index it.") from error
+        raise InputError(f"{describe(path)} is not a PDF that can be read: {str(error).rstrip('.')}.") from error
+
+
+def _render(document: pdfium.PdfDocument, index: int) -> tuple[Image.Image, str, tuple[float, float]]:
+    """Picture, text layer and size in points of a page.  Called with the lock held."""
+    page = document[index]
+    try:
+        width, height = page.get_size()
+        if not (width > 0 and height > 0):
+            raise ValueError(f"its size is {width:g} x {height:g} points")
+        bitmap = page.render(scale=PAGE_PIXELS / max(width, height), rev_byteorder=True)
+        try:
+            image = bitmap.to_pil().convert("RGB").copy()  # to_pil() shares memory with the bitmap
+        finally:
+            bitmap.close()
+        text_page = page.get_textpage()
+        try:
+            return image, text_page.get_text_range(), (width, height)
+        finally:
+            text_page.close()
+    finally:
+        page.close()
+
+
+def _read_text(path: str) -> str:
+    """The words of a file in UTF-8, UTF-16 with its mark, or else Windows-1252, which is what remains in practice."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise InputError(f"{describe(path)} is larger than {MAX_TEXT_BYTES >> 20} MB, too large for a text.")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    if b"\0" in data:
+        raise InputError(f"{describe(path)} is not a text: it holds zero bytes.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def _text_parts(path: str, sections: list[Section]) -> Iterator[Part]:
+    if not sections:
+        raise InputError(f"{describe(path)} is empty: expected a text.")
+    for number, (title, text) in enumerate(sections, start=1):
+        item = Item(text=f"{title}\n\n{text}" if title else text)
+        yield Part(item=item, kind="text", part=number, text=_clean(text), title=_clean(title))
+
+
+def _clean(text: str) -> str:
+    """Text that UTF-8 can hold, without control characters other than line breaks and tabs."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", errors="replace").decode()
+    return "".join(c for c in text if c >= " " or c in "\n\t").strip()

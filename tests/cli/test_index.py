@@ -1,0 +1,95 @@
+"""``quarterlight index`` as a person and as a program calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tests.search.fakes import FakeEncoder
+from tests.search.files import pdf, write_image
+
+from quarterlight.cli.main import program
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and a model that needs no weights."""
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEncoder())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(program(), ["index", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_summary(here: Path) -> None:
+    write_image(here / "files" / "a.png", "red")
+    (here / "files" / "b.pdf").write_bytes(pdf(["one", "two"]))
+    code, out, err = run("files")
+    assert (code, out) == (0, "")
+    assert "2 new" in err and "3 pictures, pages and sections in .quarterlight" in err
+    assert (here / ".quarterlight").is_dir()
+    assert "2 unchanged" in run(".")[2], "the default store is not walked"
+
+
+def test_problems_count_only_when_strict(here: Path) -> None:
+    (here / "files").mkdir()
+    (here / "files" / "two\nlines [red].png").write_bytes(b"")
+    code, _, err = run("files")
+    assert code == 0
+    assert rf"{here}/files/two\nlines [red].png: is empty (0 bytes): expected a picture" in err.splitlines()
+    assert "1 not indexed" in err
+    assert run("files", "--strict")[0] == 1
+    code, _, err = run("files", "--strict", "--quiet")
+    assert code == 1 and len(err.splitlines()) == 1
+
+
+def test_json(here: Path) -> None:
+    write_image(here / "files" / "a.png", "red")
+    name = os.fsdecode(b"caf\xe9\n.png")
+    (here / "files" / name).write_bytes(b"")
+    code, out, err = run("files", "--json")
+    assert (code, err) == (0, "")
+    summary = json.loads(out)
+    assert summary["new"] == 1 and summary["num_rows"] == 1 and summary["model"] == "fake"
+    assert summary["problems"] == [
+        {"path": str(here / "files" / name), "reason": "is empty (0 bytes): expected a picture"}
+    ]
+
+
+def test_what_does_not_exist(here: Path) -> None:
+    code, out, err = run("missing")
+    assert (code, out) == (1, "")
+    assert "missing cannot be indexed: No such file or directory." in err
+
+
+def test_store_that_cannot_be_made(here: Path) -> None:
+    (here / "file").write_text("")
+    code, _, err = run(".", "--store", "file")
+    assert code == 1 and "cannot be written" in err
+
+
+def test_stopped_by_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quarterlight.errors import StoreError
+    from quarterlight.index import IndexStore
+
+    def full(*arguments: object, **options: object) -> None:
+        raise StoreError("The index in x cannot be written: No space left on device.")
+
+    monkeypatch.setattr(IndexStore, "upsert", full)
+    write_image(here / "files" / "a.png", "red")
+    code, _, err = run("files")
+    assert code == 1 and "Stopped: The index in x cannot be written: No space left on device." in err
+    code, out, _ = run("files", "--json")
+    assert code == 1 and "No space left" in json.loads(out)["stopped"]
+
+
+def test_help() -> None:
+    code, out, _ = run("--help")
+    assert code == 0 and "quarterlight index ~/Pictures" in out and "./.quarterlight" in out

@@ -1,0 +1,78 @@
+"""``quarterlight search`` as a person and as a program calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tests.search.fakes import FakeEncoder
+from tests.search.files import pdf, write_image
+
+from quarterlight.cli.main import program
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with an index of three pictures, two pages and a text."""
+    hashes = {"nano": "fa4e" * 16, "other": "07e2" * 16}
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEncoder(model_hash=hashes[model]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, colour in {"[red].png": "red", "green.png": "green", os.fsdecode(b"\xff.png"): "blue"}.items():
+        write_image(tmp_path / "files" / name, colour)
+    (tmp_path / "files" / "a.pdf").write_bytes(pdf(["apples", "pears"], title="Fruit"))
+    (tmp_path / "files" / "notes.txt").write_text("roses")
+    assert CliRunner().invoke(program(), ["index", "files", "--quiet"]).exit_code == 0
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(program(), ["search", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_table() -> None:
+    code, out, err = run("red")
+    assert (code, err) == (0, "")
+    header, first, *_ = out.splitlines()
+    assert header.split() == ["#", "score", "kind", "path", "page", "text"]
+    assert first.split()[2:] == ["image", "files/[red].png"]
+    assert "Fruit: pears" in out and r"\udcff.png" in out
+
+
+def test_json(here: Path) -> None:
+    code, out, _ = run("blue", "--json", "--top-k", "1")
+    (hit,) = json.loads(out)["hits"]
+    assert code == 0 and hit["path"] == str(here / "files" / os.fsdecode(b"\xff.png"))
+    code, out, _ = run("pears", "--json", "--type", "page")
+    assert sorted(hit["page"] for hit in json.loads(out)["hits"]) == [1, 2]
+
+
+def test_picture_place_and_page(here: Path) -> None:
+    code, out, err = run("--image", "files/green.png", "--in", "files/green.png", "--html", "found.html")
+    assert code == 0 and "1.000" in out and "Wrote found.html." in err
+    assert "data:image/webp;base64," in (here / "found.html").read_text()
+    assert "Nothing was found" in run("red", "--in", "elsewhere")[2]
+    code, _, err = run("red", "--html", "missing/found.html")
+    assert code == 1 and "missing/found.html cannot be written: No such file or directory." in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("  ",), ("red", "--type", "video"), ("red", "--top-k", "0"), ("red", "--tpye", "page")]
+)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "give words, --image FILE, or both" in err or "page" in err or "top-k" in err
+
+
+def test_errors_say_what_to_do() -> None:
+    code, _, err = run("red", "--store", "elsewhere")
+    assert code == 1 and "There is no index in elsewhere. Make one with `quarterlight index FOLDER" in err
+    code, _, err = run("red", "--model", "other")
+    assert code == 1 and "was built with model 'fake' (64 dimensions, hash fa4efa4efa4e)" in err
+    code, _, err = run("--image", "missing.png")
+    assert code == 1 and "missing.png cannot be read: No such file or directory." in err
