@@ -43,7 +43,7 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("contrast.loss.batch_size=big", "batch_size must be of type int, got 'big'"),
         ("contrast.loss.symmetric=1", "symmetric must be of type bool"),
         ("contrast.optimizer.num_steps=true", "num_steps must be of type int"),
-        ("contrast.optimizer.num_steps=0", "num_steps of at least 1"),
+        ("contrast.optimizer.num_steps=0", "num_steps must be at least 1"),
         ("mixture.99.weight=1", "'99' is not a position in a list of"),
         ("mixture.0=5", "must be a mapping"),
         ("mixture=5", "must be a list"),
