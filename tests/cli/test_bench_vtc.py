@@ -48,8 +48,8 @@ def test_ratio_pairs_the_times_of_a_round() -> None:
 def test_floor_is_arithmetic_or_reading(tiny_values: dict[str, Any]) -> None:
     config = InternVLVTCConfig(**tiny_values, visual_token_compression=2)
     case = bench_vtc.Case("natural image", config, lambda: None, lambda: None)
-    slow_arithmetic = bench_vtc._timing(case, [(0.5, 0.25)], {"matmul_tflops": 1e-9, "read_gb_s": 1e9})
-    slow_reading = bench_vtc._timing(case, [(0.5, 0.25)], {"matmul_tflops": 1e9, "read_gb_s": 1e-9})
+    slow_arithmetic = bench_vtc._timing(case, [(0.5, 0.25)], {"matmul_tflops": 1e-9, "read_gb_s": 1e9}, 1)
+    slow_reading = bench_vtc._timing(case, [(0.5, 0.25)], {"matmul_tflops": 1e9, "read_gb_s": 1e-9}, 1)
     (vision_flop, vision_bytes), _ = bench_vtc._work(config, "natural image")
     assert slow_arithmetic.vision_floor_ms == pytest.approx(vision_flop)
     assert slow_reading.vision_floor_ms == pytest.approx(vision_bytes * 1e3)

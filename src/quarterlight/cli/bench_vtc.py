@@ -29,7 +29,8 @@ TILES = {"natural image": 1, "document page": 5}
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One kind of candidate at one s.  Times in ms, medians over the rounds; floors are what the machine could do."""
+    """One kind of candidate at one s.  Times in ms per candidate, medians over the rounds; floors are what the machine
+    could do."""
 
     candidate: str
     compression: int
@@ -69,11 +70,12 @@ class Case:
 def bench_vtc(
     shape: Annotated[str, typer.Option(help="InternVL3 shape: 1B, 2B, 8B or 14B.")] = "2B",
     compression: Annotated[int, typer.Option(help="The s that is compared with s = 1: 2 or 4.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Candidates that are embedded together.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every case once. One more warms up.")] = 5,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Also write the JSON record to this file.")] = None,
 ) -> None:
-    """Time one candidate at a time with visual token compression and without, in one run.
+    """Time candidates with visual token compression and without, in one run; times are per candidate.
 
     The model has the real shape, random weights and bfloat16; s = 1 and the other s share the weights and take turns.
     A floor is the time that the arithmetic, or reading the weights once, would take at the speed that this machine
@@ -81,6 +83,7 @@ def bench_vtc(
 
     \b
     quarterlight bench vtc --shape 2B --repeats 9 --out benchmarks/results/vtc-2b.json
+    quarterlight bench vtc --shape 2B --batch 4 --out benchmarks/results/vtc-2b-batch-4.json
     """
     if compression not in (2, 4):
         raise InputError(f"--compression is 2 or 4, got {compression}; s = 1 is what it is compared with.")
@@ -90,22 +93,22 @@ def bench_vtc(
     with torch.inference_mode(), console.progress("runs") as bar:
         waiting = bar.add_task(f"Building {shape}", total=None)
         ceiling = _ceiling(device)
-        cases = _cases(shape, (1, compression), device)
+        cases = _cases(shape, (1, compression), device, batch)
         bar.remove_task(waiting)
         line = bar.add_task("Timing", total=(1 + repeats) * len(cases))
         for turn in range(1 + repeats):
             for key in cases if turn % 2 else reversed(cases):
-                times = _seconds(cases[key].vision, device), _seconds(cases[key].text, device)
-                samples.setdefault(key, []).append(times)
+                times = [_seconds(half, device) / batch for half in (cases[key].vision, cases[key].text)]
+                samples.setdefault(key, []).append((times[0], times[1]))
                 bar.advance(line)
     rounds = {key: samples[key][1:] for key in cases}  # without the warm-up
-    timings = [_timing(case, rounds[key], ceiling) for key, case in cases.items()]
+    timings = [_timing(case, rounds[key], ceiling, batch) for key, case in cases.items()]
     ratios = [_ratio(kind, compression, rounds[kind, 1], rounds[kind, compression]) for kind in TILES]
-    _print(timings, ratios, ceiling, title=f"InternVL3-{shape}, bfloat16, {device}, one candidate at a time")
+    _print(timings, ratios, ceiling, title=f"InternVL3-{shape}, bfloat16, {device}, {batch} together, ms per candidate")
     record = {
         "benchmark": "vtc",
         "command": shlex.join(["quarterlight", *sys.argv[1:]]),
-        "settings": {"shape": shape, "dtype": "bfloat16", "device": device, "repeats": repeats},
+        "settings": {"shape": shape, "dtype": "bfloat16", "device": device, "batch": batch, "repeats": repeats},
         "ceiling": _rounded(ceiling),
         "timings": [_rounded(asdict(timing)) for timing in timings],
         "ratios": [_rounded(asdict(ratio)) for ratio in ratios],
@@ -117,7 +120,7 @@ def bench_vtc(
     console.print_json(record)
 
 
-def _cases(shape: str, factors: tuple[int, ...], device: str) -> dict[tuple[str, int], Case]:
+def _cases(shape: str, factors: tuple[int, ...], device: str, batch: int) -> dict[tuple[str, int], Case]:
     """(kind of candidate, s) -> what is timed; all share one set of weights."""
     import torch
 
@@ -129,9 +132,11 @@ def _cases(shape: str, factors: tuple[int, ...], device: str) -> dict[tuple[str,
         for factor in factors:
             model = copy.copy(weights)
             model.config = config = internvl3_config(shape, visual_token_compression=factor)
-            pixels = torch.randn(tiles, 3, *config.vision_config.image_size, device=device, dtype=torch.bfloat16)
+            pixels = torch.randn(
+                batch * tiles, 3, *config.vision_config.image_size, device=device, dtype=torch.bfloat16
+            )
             visual = tiles * config.image_seq_length
-            ids = torch.randint(150_000, (1, PROMPT_TOKENS[kind] + visual), device=device)
+            ids = torch.randint(150_000, (batch, PROMPT_TOKENS[kind] + visual), device=device)
             ids[:, 8 : 8 + visual] = config.image_token_id
             vision = functools.partial(model.get_image_features, pixels, return_dict=True)
             text = functools.partial(model, ids, mm_encoder_outputs={"image": vision()}, use_cache=False)
@@ -189,9 +194,9 @@ def _ceiling(device: str) -> dict[str, float]:
     return {"matmul_tflops": 2 * n**3 / product / 1e12, "read_gb_s": block.nbytes / read / 1e9}
 
 
-def _timing(case: Case, seconds: list[tuple[float, float]], ceiling: dict[str, float]) -> Timing:
+def _timing(case: Case, seconds: list[tuple[float, float]], ceiling: dict[str, float], batch: int) -> Timing:
     floors = [
-        1e3 * max(flop / ceiling["matmul_tflops"] / 1e12, size / ceiling["read_gb_s"] / 1e9)
+        1e3 * max(flop / ceiling["matmul_tflops"] / 1e12, size / batch / ceiling["read_gb_s"] / 1e9)
         for flop, size in _work(case.config, case.kind)
     ]
     return Timing(
