@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ import typer
 from quarterlight.cli import console
 from quarterlight.errors import InputError
 from quarterlight.images import describe
-from quarterlight.manifest import environment
 
 PAGES_PER_PDF = 10
 
@@ -89,16 +87,11 @@ def bench_index(
         )
     record = {
         "benchmark": "index",
-        "command": shlex.join(["quarterlight", *sys.argv[1:]]),
         "settings": {"model": model, "pages_per_pdf": PAGES_PER_PDF, "page_pixels": PAGE_SIZES},
         "runs": [asdict(run) for run in runs],
         "growth_mb": growth_mb,
-        **environment(),
     }
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print_json(record)
+    console.print_record(record, out)
 
 
 def _index(name: str, corpus: Path, store: Path, model: str) -> Indexing:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +13,6 @@ import numpy as np
 import typer
 
 from quarterlight.cli import console
-from quarterlight.manifest import environment
 
 if TYPE_CHECKING:
     from quarterlight.index import IndexStore
@@ -83,16 +79,11 @@ def bench_search(
         console.out.print(f"Embedding a query of five words with {model}: {embed_ms:.1f} ms more.")
     record = {
         "benchmark": "search",
-        "command": shlex.join(["quarterlight", *sys.argv[1:]]),
         "settings": {"dimension": dimension, "queries": queries, "model": model, "payload_bytes": THUMBNAIL_BYTES},
         "latencies": [asdict(one) for one in latencies],
         "query_embedding_p50_ms": embed_ms,
-        **environment(),
     }
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print_json(record)
+    console.print_record(record, out)
 
 
 def _latency(num_rows: int, dimension: int, num_queries: int) -> Latency:

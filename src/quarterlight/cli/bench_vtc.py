@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +15,6 @@ import typer
 
 from quarterlight.cli import console
 from quarterlight.errors import InputError
-from quarterlight.manifest import environment
 
 PROMPT_TOKENS = {"natural image": 19, "document page": 20}
 """Tokens of the paper's candidate template around the visual tokens, counted with Qwen2's tokenizer."""
@@ -107,17 +103,12 @@ def bench_vtc(
     _print(timings, ratios, ceiling, title=f"InternVL3-{shape}, bfloat16, {device}, {batch} together, ms per candidate")
     record = {
         "benchmark": "vtc",
-        "command": shlex.join(["quarterlight", *sys.argv[1:]]),
         "settings": {"shape": shape, "dtype": "bfloat16", "device": device, "batch": batch, "repeats": repeats},
         "ceiling": _rounded(ceiling),
         "timings": [_rounded(asdict(timing)) for timing in timings],
         "ratios": [_rounded(asdict(ratio)) for ratio in ratios],
-        **environment(),
     }
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print_json(record)
+    console.print_record(record, out)
 
 
 def _cases(shape: str, factors: tuple[int, ...], device: str, batch: int) -> dict[tuple[str, int], Case]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from quarterlight.manifest import environment
 
 out = Console(highlight=False)
 """Results: tables a person reads.  Programs read :func:`print_json`."""
@@ -76,3 +81,12 @@ def print_json(value: Any) -> None:
     """
     sys.stdout.write(json.dumps(value, ensure_ascii=True, allow_nan=False, default=str) + "\n")
     sys.stdout.flush()
+
+
+def print_record(record: Mapping[str, Any], out: Path | None) -> None:
+    """Print a benchmark's record as JSON, with the command and the environment put in, and write it to ``out``."""
+    full = {**record, "command": shlex.join(["quarterlight", *sys.argv[1:]]), **environment()}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(full, indent=1) + "\n", encoding="utf-8")
+    print_json(full)
