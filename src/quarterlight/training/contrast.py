@@ -82,7 +82,6 @@ class ContrastiveTrainer(Trainer):
         super().__init__(**more)
         self.encode = encode
         self.recipe = recipe
-        self.validation = validation
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self.teacher_weight = teacher_weight
 
@@ -120,7 +119,7 @@ class ContrastiveTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """P@1 per validation task, on a fixed part of it, and their mean."""
-        metrics = {f"eval_p1_{task.dataset}_{task.task}": self._precision(task) for task in self.validation}
+        metrics = {f"eval_p1_{task.dataset}_{task.task}": self._precision(task) for task in self.eval_dataset}
         metrics["eval_p1_mean"] = float(np.mean(list(metrics.values())))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
