@@ -6,6 +6,7 @@
     |-- CheckpointError                  a model folder that is missing, incomplete or of another kind
     |-- DatasetError                     a dataset folder, file or row that breaks its format
     |-- RecipeError                      a recipe key or value that is unknown or impossible
+    |-- JudgeError                       a judge that cannot be asked, or does not answer
     `-- StoreError                       an index that is missing, or belongs to another model
 
 Every message is a sentence: what was expected, what came, where, and what to do. ``assert`` is kept for our own bugs.
@@ -39,6 +40,10 @@ class DatasetError(QuarterlightError):
 
 class RecipeError(QuarterlightError):
     """A recipe key or value that is unknown or impossible."""
+
+
+class JudgeError(QuarterlightError):
+    """A judge that cannot be asked, or does not answer."""
 
 
 class StoreError(QuarterlightError):

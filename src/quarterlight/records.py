@@ -99,7 +99,8 @@ class Item:
 class Query:
     """A question with its known answers.
 
-    positives, negatives: ids of candidates; negatives are labelled hard negatives and may be empty.
+    positives, negatives: ids of candidates; negatives are hard negatives, labelled or mined, and may be empty.
+    also_relevant: ids of candidates judged relevant: never a negative of this query, and never its target in training.
     fields: everything else the dataset says about the row (``lang``, ``text_kind``, ``change``, ...).
     """
 
@@ -107,6 +108,7 @@ class Query:
     item: Item
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
+    also_relevant: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 

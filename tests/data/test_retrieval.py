@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quarterlight.data.retrieval import RetrievalDataset, find_datasets, with_instructions
+from quarterlight.data.retrieval import RetrievalDataset, find_datasets, with_instructions, with_negatives
 from quarterlight.errors import DatasetError
 from quarterlight.images import load_image
 from quarterlight.records import ArchiveMember, Item
@@ -157,6 +157,41 @@ def test_with_instructions(tmp_path: Path) -> None:
     assert with_instructions(ready) == ready
     unknown = make(tmp_path, [query()], [candidate()], "my_own_task").load("my_own_task", "test")
     assert with_instructions(unknown) == unknown
+
+
+def test_with_negatives(tmp_path: Path) -> None:
+    queries: list[Row | str] = [query(neg_cand_list=["9:3", "9:4"])]
+    queries += [query(qid="9:5", pos_cand_list=["9:3"], neg_cand_list=["9:2"])]
+    pool: list[Row | str] = [candidate(did=f"9:{n}") for n in (2, 3, 4, 6, 7)]
+    task = make(tmp_path, queries, pool).load("t2i", "test")
+
+    mined = with_negatives(task, {"9:1": ["9:6", "9:4", "9:6"], "9:99": ["9:8"]})
+    assert [q.negatives for q in mined.queries] == [("9:6", "9:4"), ()]
+    assert mined.queries[0].positives == ("9:2",) and mined.candidates == task.candidates
+    kept = with_negatives(task, {"9:1": ["9:6", "9:4"]}, keep_labelled=True)
+    assert [q.negatives for q in kept.queries] == [("9:3", "9:4", "9:6"), ("9:2",)]
+    relevant = {"9:1": ["9:2", "9:3", "9:7", "9:7"]}
+    judged = with_negatives(task, {"9:1": ["9:6"]}, also_relevant=relevant, keep_labelled=True)
+    assert [q.also_relevant for q in judged.queries] == [("9:3", "9:7"), ()]
+    assert judged.queries[0].negatives == ("9:4", "9:6")
+    assert with_negatives(judged, {}).queries[0].also_relevant == ()
+
+
+@pytest.mark.parametrize(
+    ("negatives", "also_relevant", "message"),
+    [
+        ({"9:1": ["9:8"]}, {}, r"t2i.test: '9:8', given for the query '9:1', is not in the pool"),
+        ({}, {"9:1": ["9:8"]}, r"'9:8', given for the query '9:1', is not in the pool"),
+        ({"9:1": ["9:2"]}, {}, r"'9:2', given for the query '9:1', .* one of its positives"),
+        ({"9:1": ["9:3"]}, {"9:1": ["9:3"]}, r"'9:3', given for the query '9:1', .* judged relevant"),
+    ],
+)
+def test_impossible_negatives(
+    tmp_path: Path, negatives: dict[str, list[str]], also_relevant: dict[str, list[str]], message: str
+) -> None:
+    task = make(tmp_path, [query()], [candidate(), candidate(did="9:3")]).load("t2i", "test")
+    with pytest.raises(DatasetError, match=message):
+        with_negatives(task, negatives, also_relevant=also_relevant)
 
 
 def test_fingerprint_follows_the_files(tmp_path: Path) -> None:

@@ -69,6 +69,105 @@ def test_symmetric_masks_known_positives_both_ways() -> None:
     assert both.item() == pytest.approx(float((sum(forth) + sum(back)) / 4), abs=1e-6)
 
 
+def test_hardness_weighs_negatives_by_their_score() -> None:
+    # the negative scores 0.6: exp(0.6 / t) counts exp(a * 0.6) times; the target keeps its weight of 1
+    query, candidate = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    loss = info_nce(query, candidate, temperature=0.5, hardness_weight=2.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(2 * 0.6) * math.exp((0.6 - 1) / 0.5)), abs=1e-6)
+
+
+def test_the_weight_itself_gets_no_gradient() -> None:
+    """LLaVE, eq. 6: the gradient of a negative's score is its weighted share, over the temperature."""
+    query = torch.tensor([[1.0, 0.0]])
+    candidate = torch.tensor([[1.0, 0.0], [0.6, 0.8]], requires_grad=True)
+    info_nce(query, candidate, temperature=0.5, hardness_weight=2.0).backward()
+    odds = math.exp(2 * 0.6) * math.exp((0.6 - 1) / 0.5)
+    assert candidate.grad is not None
+    assert candidate.grad[1].tolist() == pytest.approx([odds / (1 + odds) / 0.5, 0.0], abs=1e-6)
+
+
+def test_hardness_in_both_directions() -> None:
+    query, candidate = unit([1.0, 0.2], [0.3, 1.0]), unit([0.9, 0.1], [0.5, 0.5], [0.1, 0.9])
+    both = info_nce(query, candidate, temperature=0.2, hardness_weight=3.0, symmetric=True)
+    forth = info_nce(query, candidate, temperature=0.2, hardness_weight=3.0)
+    back = info_nce(candidate[:2], query, temperature=0.2, hardness_weight=3.0)
+    assert both.item() == pytest.approx((forth.item() + back.item()) / 2, abs=1e-6)
+
+
+def test_prefixes_are_brought_back_to_norm_1() -> None:
+    # in full: 1 against 0.48 + 0.48 = 0.96; the first two columns: (1, 0) against (0.6, 0.8) after normalising
+    query = torch.tensor([[0.6, 0.0, 0.8]])
+    candidate = torch.tensor([[0.6, 0.0, 0.8], [0.48, 0.64, 0.6]])
+    full = math.log(1 + math.exp(0.6 * 0.48 + 0.8 * 0.6 - 1))
+    two = math.log(1 + math.exp(0.6 - 1))
+    one = math.log(2)  # in one dimension both are the number 1
+    for dimensions, expected in {(3,): full, (2,): two, (1, 2, 3): (one + two + full) / 3}.items():
+        loss = info_nce(query, candidate, temperature=1.0, dimensions=dimensions)
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_masked_row_is_left_out_of_the_mean() -> None:
+    query = unit([1.0, 0.0], [0.6, 0.8]).requires_grad_()
+    candidate = unit([1.0, 0.0], [0.0, 1.0])
+    loss = info_nce(query, candidate, temperature=1.0, row_mask_Q=torch.tensor([True, False]))
+    # its target stays a negative of the other row
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+    loss.backward()
+    assert query.grad is not None
+    assert query.grad[0].abs().sum() > 0 and query.grad[1].abs().sum() == 0
+
+
+def test_a_masked_query_is_no_negative_of_other_targets() -> None:
+    query = unit([1.0, 0.0], [0.6, 0.8], [0.0, 1.0]).requires_grad_()
+    candidate = unit([1.0, 0.0], [0.0, 1.0], [0.0, 1.0])
+    mask = torch.tensor([True, False, True])
+    loss = info_nce(query, candidate, temperature=1.0, row_mask_Q=mask, symmetric=True)
+    # forth: rows 0 and 2 over three candidates; back: targets 0 and 2 over the queries 0 and 2
+    forth = (math.log(1 + 2 * math.exp(-1)) + math.log(2 + math.exp(-1))) / 2
+    back = math.log(1 + math.exp(-1))
+    assert loss.item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    loss.backward()
+    assert query.grad is not None and query.grad[1].abs().sum() == 0
+
+
+def test_a_masked_candidate_is_never_a_negative() -> None:
+    query = unit([1.0, 0.0], [0.0, 1.0])
+    candidate = unit([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]).requires_grad_()
+    loss = info_nce(query, candidate, temperature=1.0, candidate_mask_C=torch.tensor([True, True, False]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+    loss.backward()
+    assert candidate.grad is not None and candidate.grad[2].abs().sum() == 0
+
+
+def test_a_row_with_a_masked_target_is_left_out() -> None:
+    query = unit([1.0, 0.0], [0.0, 1.0])
+    candidate = unit([1.0, 0.0], [1.0, 0.2], [0.0, 1.0]).requires_grad_()
+    loss = info_nce(query, candidate, temperature=1.0, candidate_mask_C=torch.tensor([True, False, True]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+    loss.backward()
+    assert candidate.grad is not None and candidate.grad[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("masks", [{"row_mask_Q": False}, {"candidate_mask_C": False}])
+def test_nothing_left_is_no_loss(symmetric: bool, masks: dict[str, bool]) -> None:
+    query, candidate = unit([1.0, 0.0], [0.6, 0.8]).requires_grad_(), torch.eye(2).requires_grad_()
+    loss = info_nce(
+        query,
+        candidate,
+        temperature=0.03,
+        symmetric=symmetric,
+        hardness_weight=9.0,
+        dimensions=[1, 2],
+        **{name: torch.full((2,), keep) for name, keep in masks.items()},
+    )
+    assert loss.item() == 0
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way back either
+        loss.backward()
+    assert query.grad is not None and query.grad.abs().sum() == 0
+    assert candidate.grad is not None and candidate.grad.abs().sum() == 0
+
+
 def test_the_score_is_float32_under_autocast() -> None:
     torch.manual_seed(0)
     query, candidate = F.normalize(torch.randn(8, 64), dim=1), F.normalize(torch.randn(8, 64), dim=1)
@@ -89,6 +188,11 @@ def test_the_score_is_float32_under_autocast() -> None:
             {"temperature": 1.0, "known_positive_QC": torch.eye(2).bool()},
             "2 targets marked",
         ),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "hardness_weight": -1.0}, "hardness weight is not negative"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "dimensions": []}, r"from 1 to 2 as dimensions, got \[\]"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "dimensions": [2, 3]}, r"from 1 to 2 .* got \[2, 3\]"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "row_mask_Q": torch.ones(3).bool()}, r"row_mask .* \[2\]"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "candidate_mask_C": torch.ones(2)}, "candidate_mask .* bool"),
     ],
 )
 def test_impossible_arguments(query, candidate, options, message) -> None:  # type: ignore[no-untyped-def]

@@ -15,15 +15,16 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from quarterlight.data.pictures import PictureFolder
 from quarterlight.errors import DatasetError, did_you_mean
 from quarterlight.prompts import QUERY_INSTRUCTIONS, query_instruction
-from quarterlight.records import ArchiveMember, Candidate, ImageSource, Item, Query
+from quarterlight.records import Candidate, ImageSource, Item, Query
 
 TASKS = ("t2i", "t2vd", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it")
 """The known directions, in the order in which they are listed. A dataset may name others; they come last."""
@@ -46,7 +47,7 @@ _Record = TypeVar("_Record", Query, Candidate)
 class RetrievalTask:
     """The queries of one task and split, and everything that they may find.
 
-    Every id in a query's ``positives`` and ``negatives`` is the id of one of the candidates.
+    Every id in a query's ``positives``, ``negatives`` and ``also_relevant`` is the id of one of the candidates.
     """
 
     dataset: str
@@ -61,21 +62,63 @@ class RetrievalTask:
         return f"{self.dataset}/{self.task}.{self.split}"
 
 
-def with_instructions(task: RetrievalTask) -> RetrievalTask:
-    """The same task with the paper's instruction for its direction in every query that has none of its own.
+def with_instructions(task: RetrievalTask, *, query: str | None = None, document: str | None = None) -> RetrievalTask:
+    """The same task with an instruction in every item that has none of its own.
 
-    Candidates, and queries of a task whose name says no direction, keep to the defaults of the model.
+    query: ``None`` takes the paper's for the task's direction; a task whose name says none keeps to the model's.
+    document: ``None`` keeps to the model's default for the candidate's modality.
     """
-    if task.task not in QUERY_INSTRUCTIONS:
-        return task
-    instruction = query_instruction(task.task)
+    if query is None and task.task in QUERY_INSTRUCTIONS:
+        query = query_instruction(task.task)
 
-    def instruct(query: Query) -> Query:
-        if query.item.instruction is not None:
-            return query
-        return replace(query, item=replace(query.item, instruction=instruction))
+    def instruct(item: Item, instruction: str | None) -> Item:
+        return item if instruction is None or item.instruction is not None else replace(item, instruction=instruction)
 
-    return replace(task, queries=[instruct(query) for query in task.queries])
+    queries, candidates = task.queries, task.candidates
+    if query is not None:
+        queries = [replace(one, item=instruct(one.item, query)) for one in queries]
+    if document is not None:
+        candidates = [replace(one, item=instruct(one.item, document)) for one in candidates]
+    return replace(task, queries=queries, candidates=candidates)
+
+
+def with_negatives(
+    task: RetrievalTask,
+    negatives: Mapping[str, Sequence[str]],
+    *,
+    also_relevant: Mapping[str, Sequence[str]] | None = None,
+    keep_labelled: bool = False,
+) -> RetrievalTask:
+    """The same task with other negatives, and what a judge found to be relevant, by query id.
+
+    negatives: replace those of every query; a query without any here has none.  also_relevant: likewise; what is a
+        positive anyway is left out.  keep_labelled: the labelled negatives stay, before these, unless judged relevant.
+    Raises DatasetError, naming qid and did, for an id outside the pool and for a negative that is a positive of the
+    query or judged relevant.
+    """
+    pool = {candidate.did for candidate in task.candidates}
+
+    def fail(query: Query, did: str, what: str) -> NoReturn:
+        raise DatasetError(f"{task.label}: {did!r}, given for the query {query.qid!r}, {what}.")
+
+    def replaced(query: Query) -> Query:
+        mined, judged = negatives.get(query.qid, ()), (also_relevant or {}).get(query.qid, ())
+        for did in (*mined, *judged):
+            if did not in pool:
+                fail(query, did, "is not in the pool: were the ids found in another dataset or split?")
+        relevant = {*query.positives, *judged}
+        for did in mined:
+            if did in relevant:
+                kind = "one of its positives" if did in query.positives else "judged relevant to it"
+                fail(query, did, f"cannot be its negative, for it is {kind}")
+        labelled = [did for did in query.negatives if did not in relevant] if keep_labelled else ()
+        return replace(
+            query,
+            negatives=tuple(dict.fromkeys((*labelled, *mined))),
+            also_relevant=tuple(did for did in dict.fromkeys(judged) if did not in query.positives),
+        )
+
+    return replace(task, queries=[replaced(query) for query in task.queries])
 
 
 class RetrievalDataset:
@@ -95,8 +138,7 @@ class RetrievalDataset:
             raise DatasetError(f"{self.folder}/queries has no file named <task>.<split>.jsonl or .jsonl.gz.")
         has_pages = any(task == PAGE_TASK for task, _ in self._queries)
         self.max_tiles = PAGE_MAX_TILES if has_pages else PICTURE_MAX_TILES
-        self._archive = str(self.folder / "images.zip") if (self.folder / "images.zip").is_file() else None
-        self._image_root = self.folder / "images" if (self.folder / "images").is_dir() else self.folder
+        self._folder_of_pictures = PictureFolder(self.folder)
         self._pictures: dict[str, ImageSource] = {}
 
     def __repr__(self) -> str:
@@ -177,9 +219,10 @@ class RetrievalDataset:
     def _picture(self, where: _Line, path: str) -> ImageSource:
         """The same object for the same path, so that a large pool costs one reference a row."""
         if path not in self._pictures:
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                where.fail(f"the picture path {path!r} leaves the dataset's folder")
-            self._pictures[path] = ArchiveMember(self._archive, path) if self._archive else str(self._image_root / path)
+            try:
+                self._pictures[path] = self._folder_of_pictures.source(path)
+            except DatasetError as error:
+                where.fail(str(error))
         return self._pictures[path]
 
 
