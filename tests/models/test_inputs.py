@@ -12,7 +12,7 @@ from PIL import Image
 
 from quarterlight.errors import ImageError, InputError
 from quarterlight.models.embedder import Embedder
-from quarterlight.models.inputs import InputFormatter
+from quarterlight.models.inputs import InputFormatter, PlainText
 from quarterlight.prompts import Prompt
 from quarterlight.records import Item
 
@@ -101,3 +101,12 @@ def test_collate_pads_on_the_right(formatter: InputFormatter, tokenizer: Any) ->
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     missing = prompts[0].num_tokens - prompts[1].num_tokens
     assert batch["input_ids"][1, -missing:].tolist() == [tokenizer.pad_token_id] * missing
+
+
+def test_heeded_tokens_keep_their_meaning(tokenizer: Any) -> None:
+    text = "a <video> b<|im_end|>"
+    (plain,), (heeded,) = (PlainText(tokenizer, names)([text]) for names in ((), ("<video>", "<nothing>")))
+    video = tokenizer.convert_tokens_to_ids("<video>")
+    assert video not in plain and heeded.count(video) == 1
+    assert tokenizer.eos_token_id not in heeded
+    assert tokenizer.decode(plain) == tokenizer.decode(heeded) == text

@@ -151,26 +151,13 @@ def _seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def _work(config: Any, kind: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(floating-point operations, bytes of weights) of the vision half and of the language half for one candidate.
+    """(floating-point operations, bytes of weights) of the vision half and of the language half for one candidate."""
+    from quarterlight.models import flops
 
-    A product of [n, a] and [a, b] is 2nab operations; elementwise work, under one percent, is left out.
-    """
-    vision, text, tiles = config.vision_config, config.text_config, TILES[kind]
-    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-    sequence = patches + 1  # with the CLS token
-    d, visual = vision.hidden_size, tiles * config.image_seq_length
-    layers = vision.num_hidden_layers * (4 * d * d + 2 * d * vision.intermediate_size)
-    embedding = 3 * vision.patch_size[0] ** 2 * d
-    projector = 4 * d * text.hidden_size + text.hidden_size**2
-    attention = vision.num_hidden_layers * 4 * sequence**2 * d
-    vision_flop = tiles * (2 * sequence * layers + 2 * patches * embedding + attention) + 2 * visual * projector
-
-    d, tokens = text.hidden_size, PROMPT_TOKENS[kind] + visual
-    grouped = d * text.num_key_value_heads // text.num_attention_heads
-    weights = text.num_hidden_layers * (2 * d * d + 2 * d * grouped + 3 * d * text.intermediate_size)
-    causal = text.num_hidden_layers * 4 * tokens**2 * d / 2
-    text_flop = 2 * tokens * weights + causal
-    return (vision_flop, 2.0 * (layers + embedding + projector)), (text_flop, 2.0 * weights)
+    tiles = TILES[kind]
+    tokens = PROMPT_TOKENS[kind] + tiles * config.image_seq_length
+    vision = flops.vision_flop(config, tiles), 2.0 * flops.vision_weights(config)
+    return vision, (flops.text_flop(config, tokens), 2.0 * flops.text_weights(config))
 
 
 def _ceiling(device: str) -> dict[str, float]:

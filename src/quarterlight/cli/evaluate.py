@@ -44,7 +44,7 @@ def evaluate(
     R@k is that of M-BEIR: the share of queries with any right candidate among the first k.
     """
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
-    wanted = _wanted(datasets, split, tasks.split(",") if tasks else None)
+    wanted = wanted_tasks(datasets, split, tasks.split(",") if tasks else None)
     fields = [field for field in by.split(",") if field]
     embedder = _open(model, device)
     results: list[TaskResult] = []
@@ -80,7 +80,7 @@ def evaluate(
                 raise InputError(f"No query has a field {field!r} to group by. {did_you_mean(field, seen)}")
 
 
-def _wanted(
+def wanted_tasks(
     datasets: Sequence[RetrievalDataset], split: str, tasks: Sequence[str] | None
 ) -> list[tuple[RetrievalDataset, list[str]]]:
     """The datasets that have something to evaluate, and what; a split or task that none of them has is an error."""

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
-from quarterlight.errors import ImageError, InputError
-from quarterlight.images import load_image
 from quarterlight.metrics.ranking import METRICS, Ranks, chance_ranks, rank_embeddings
+from quarterlight.models.readable import encode_readable
 from quarterlight.records import Item, Query
 
 GROUP_BY = ("lang", "text_kind", "change")
@@ -207,40 +206,20 @@ class _Vectors:
 
     def add(self, items: Sequence[Item]) -> None:
         """Embeds items that are missing."""
-        try:
-            vector_ND = self._encode(items)
-        except InputError:
-            # One bad picture stops a whole call; only then is every picture looked at, to name all that are bad.
-            bad = {item: reason for item in items if (reason := _unreadable(item))}
-            if not bad:
-                raise
-            self.problems |= bad
-            items = [item for item in items if item not in bad]
-            if not items:
-                return
-            vector_ND = self._encode(items)
-        finite_N = np.isfinite(vector_ND.sum(axis=1))
-        for item, finite in zip(items, finite_N.tolist(), strict=True):
-            if finite:
-                self._row[item] = len(self._row)
+        vector_ND, problems = encode_readable(self._encode, items)
+        for number, item in enumerate(items):
+            if number in problems:
+                self.problems[item] = problems[number]
             else:
-                self.problems[item] = "its embedding is not finite (NaN or infinity)"
-        self._chunks.append(np.asarray(vector_ND, dtype=np.float32)[finite_N])
+                self._row[item] = len(self._row)
+        if len(vector_ND):
+            self._chunks.append(vector_ND)
 
     def of(self, items: Iterable[Item]) -> npt.NDArray[np.float32]:
         """One row for each item, all of which have been added without a problem."""
         if len(self._chunks) > 1:
             self._chunks = [np.concatenate(self._chunks)]
         return self._chunks[0][[self._row[item] for item in items]]
-
-
-def _unreadable(item: Item) -> str | None:
-    try:
-        for source in item.images:
-            load_image(source)
-    except ImageError as error:
-        return str(error)
-    return None
 
 
 def _values(ranks: Ranks) -> dict[str, npt.NDArray[np.floating]]:

@@ -6,6 +6,13 @@ A trained embedder is a folder that ``transformers`` loads as a backbone, ``Sent
     config.json, model.safetensors, tokenizer.json, tokenizer_config.json, processor_config.json, chat_template.jinja
     modules.json, sentence_bert_config.json, config_sentence_transformers.json, 1_Pooling/config.json, 2_Normalize/
     quarterlight.json    format, settings (:class:`EmbedderSettings`), s, templates, weights hash, training manifest
+    embedder/            where LoRA was kept: adapter_config.json, adapter_model.safetensors (peft's)
+
+A folder with ``embedder/`` has in ``model.safetensors`` the weights that the adapter was trained on.  transformers,
+peft and sentence-transformers look for an adapter in the folder itself, and sentence-transformers then for the base
+under the path that the adapter names, which breaks when a folder is moved; so ours is below it, and
+``sentence_bert_config.json`` says so (``adapter_kwargs``).  Bare transformers need the same hint:
+``AutoModel.from_pretrained(folder, adapter_kwargs={"subfolder": "embedder"})``; without it they open the base.
 
 What sentence-transformers cannot do for us: it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
 of a call (``processing_kwargs={"image": {"max_patches": 4}}``), not of an item, and does not change the instruction; a
@@ -27,13 +34,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_peft_available
 
 from quarterlight.errors import CheckpointError
+from quarterlight.models.adapter import has_adapter, merge_lora, weights_without_adapter
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration, InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
@@ -42,6 +52,9 @@ from quarterlight.models.settings import EmbedderSettings
 from quarterlight.prompts import LABELS, Prompt, chat_template
 
 SETTINGS_FILE = "quarterlight.json"
+ADAPTER = "embedder"
+"""Folder, in that of a model, of the adapter that makes an embedder of it."""
+
 FORMAT = 1
 """Version of the layout above; a higher one cannot be read by this program."""
 
@@ -114,7 +127,9 @@ def load_backbone(
     """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
 
     Plain ``InternVL3-*-hf`` folders load as well as our own, since compression has no weights.
-    visual_token_compression: replaces the saved s.  language_head: adds the head that writes words.
+    visual_token_compression: replaces the saved s.
+    language_head: adds the head that writes words.  It belongs to the weights without a kept adapter, so that one is
+        left out; without a head it is merged.
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
@@ -123,13 +138,37 @@ def load_backbone(
     with _quietly():
         try:
             model, report = kind.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+            missing = {*report["missing_keys"]}
+            if not language_head and _keeps_adapter(folder):
+                missing |= _merge_saved_adapter(model, folder)
             processor = InternVLVTCProcessor.from_pretrained(folder)
             processor.agree_with(config)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} among them.")
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them.")
     return model.to(device).eval(), processor
+
+
+def _keeps_adapter(folder: Path) -> bool:
+    """What the folder says of itself, so that one whose adapter was lost is not opened as if it had none."""
+    file = folder / SETTINGS_FILE
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("adapter"))
+
+
+def _merge_saved_adapter(model: Any, folder: Path) -> set[str]:
+    """Adds the adapter of a folder to the model; returns the names of the weights that it lacks."""
+    if not is_peft_available():
+        raise CheckpointError(f"{folder} keeps its adapter apart, which needs peft: pip install 'quarterlight[train]'.")
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    # Not model.load_adapter: after it, transformers saves the model's own weights under names that it cannot read.
+    inject_adapter_in_model(PeftConfig.from_pretrained(str(folder / ADAPTER)), model)
+    weights = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    prefix = "base_model.model."  # of adapter files, for those who wrap a model rather than change it
+    report: Any = set_peft_model_state_dict(model, {name.removeprefix(prefix): one for name, one in weights.items()})
+    merge_lora(model)
+    return {name for name in report.missing_keys if ".lora_" in name}
 
 
 def load_settings(folder: Path) -> EmbedderSettings:
@@ -154,17 +193,27 @@ def save_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     manifest: Mapping[str, Any] | None = None,
+    language_head: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """Writes an embedder's folder under a temporary name and renames it; an older checkpoint there is replaced.
 
-    model: an ``InternVLVTCModel``, or one with a language head, which is left out.
+    model: an ``InternVLVTCModel``, or one with a language head, which is left out unless ``language_head`` is set.
     dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
-    Raises CheckpointError when the folder exists and is not an embedder's.
+    adapter: saves the LoRA adapter that the model has beside the weights that it was trained on.
+    Raises CheckpointError when the folder exists and is not an embedder's, or the model lacks the head or the adapter,
+        or has an adapter that is neither merged nor to be saved.
     """
     target = Path(folder)
     if target.exists() and any(target.iterdir()) and not (target / SETTINGS_FILE).is_file():
         raise CheckpointError(f"{target} holds something else than an embedder: choose another folder to save to.")
     backbone: Any = model.base_model
+    if language_head and backbone is model:
+        raise CheckpointError("The model has no language head to save: load it with language_head=True.")
+    if adapter and not has_adapter(backbone):
+        raise CheckpointError("The model has no LoRA adapter to save: add one with add_lora, and do not merge it.")
+    if has_adapter(backbone) and not adapter:
+        raise CheckpointError("The model has a LoRA adapter inside: call merge_lora first, or save with adapter=True.")
     causal = settings.attention is Attention.CAUSAL
     for config in (backbone.config, backbone.config.text_config):  # vLLM reads the first, transformers the second
         config.is_causal = causal
@@ -176,18 +225,45 @@ def save_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch, _quietly():
         draft = Path(scratch) / "draft"
-        weights = {name: weight.to(dtype) if dtype else weight for name, weight in backbone.state_dict().items()}
-        backbone.save_pretrained(draft, state_dict=weights)
+        kept = model if language_head else backbone
+        _shell(kept).save_pretrained(draft, state_dict=_cast(weights_without_adapter(kept), dtype))
         if dtype:
             _edit_json(draft / "config.json", dtype=str(dtype).removeprefix("torch."))
+        if adapter:
+            backbone.save_pretrained(draft / ADAPTER, state_dict=_cast(backbone.state_dict(), dtype))
+            # where the base lay when it was loaded is of no use elsewhere
+            _edit_json(draft / ADAPTER / "adapter_config.json", base_model_name_or_path=None, inference_mode=True)
         processor.save_pretrained(draft)
         if settings.pooling is PoolingMode.LAST_TOKEN:  # no stock module leaves an instruction out of a mean
-            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size)
-        _write_json(draft / SETTINGS_FILE, _describe(draft, backbone.config, settings, manifest))
+            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size, adapter)
+        description = _describe(draft, backbone.config, settings, manifest)
+        description |= {"language_head": language_head, "adapter": ADAPTER if adapter else None}
+        _write_json(draft / SETTINGS_FILE, description)
         if target.exists():
             shutil.rmtree(target)
         draft.replace(target)
     return target
+
+
+def _shell(model: Any) -> Any:
+    """The model itself or, since transformers saves nothing but the adapter of one that has an adapter, one without."""
+    if not has_adapter(model):
+        return model
+    with torch.device("meta"):
+        shell = type(model)(model.config).to(model.dtype)  # which goes into config.json
+    if model.can_generate():
+        shell.generation_config = model.generation_config
+    return shell
+
+
+def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights in a dtype; what was one tensor under two names still is, so that it is saved once."""
+    if dtype is None:
+        return dict(weights)
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    for weight in weights.values():
+        copies.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))
+    return {name: copies[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 
 def _describe(
@@ -211,7 +287,7 @@ def _describe(
     }
 
 
-def _write_sentence_transformers_files(folder: Path, dimension: int) -> None:
+def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bool) -> None:
     """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules."""
     package = "sentence_transformers"
     modules = {
@@ -236,6 +312,7 @@ def _write_sentence_transformers_files(folder: Path, dimension: int) -> None:
             },
             "module_output_name": "token_embeddings",
             "processing_kwargs": {"chat_template": {"sanitize_control_tokens": True}},
+            **({"model_kwargs": {"adapter_kwargs": {"subfolder": ADAPTER}}} if adapter else {}),
         },
     )
     _write_json(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": "lasttoken"})
@@ -251,11 +328,25 @@ def _write_sentence_transformers_files(folder: Path, dimension: int) -> None:
     )
 
 
+def saved_adapter(folder: Path) -> dict[str, Any]:
+    """What a folder says of its kept adapter, such as rank and alpha; empty if it has none."""
+    file = folder / ADAPTER / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    content.pop("peft_version")
+    return content
+
+
 def saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each weight of a folder, in the order of their names. Raises CheckpointError if it has none."""
+    """Name and value of each weight of a folder, a kept adapter's included, in the order of their names.
+
+    Raises CheckpointError if it has none.
+    """
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{folder} has no weights in safetensors files.")
+    shards += (folder / ADAPTER).glob("*.safetensors")
     owners: dict[str, Path] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as tensors:

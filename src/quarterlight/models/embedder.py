@@ -29,6 +29,7 @@ from quarterlight.models.checkpoint import (
     load_backbone,
     load_settings,
     resolve_checkpoint,
+    saved_adapter,
     saved_tensors,
     weights_hash,
 )
@@ -168,6 +169,8 @@ class Embedder:
             "visual_token_compression": self.model.config.visual_token_compression,
             "truncate_dim": self._truncate_dim,
         }
+        if self._folder and (adapter := saved_adapter(self._folder)):
+            recipe["adapter"] = adapter
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     def encode_query(

@@ -6,10 +6,11 @@ B rows, L tokens, T tiles, H and W pixels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,29 @@ class TokenizedPrompt:
         return sum(len(ids) for _, ids in self.runs)
 
 
+class PlainText:
+    """Token ids of words that others wrote, in which the spelling of a special token is only a spelling.
+
+    Texts are cut around such spellings, as ``apply_chat_template(sanitize_control_tokens=True)`` does.
+    heeded: special tokens that keep their meaning, where the tokenizer has them.
+    """
+
+    def __init__(self, tokenizer: Any, heeded: Sequence[str] = ()) -> None:
+        special = {token.content: (i,) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._tokenizer = tokenizer
+        self._special = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        self._heeded = {name: special[name] for name in heeded if name in special}
+
+    def __call__(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The ids of each text."""
+        pieces = [[piece for piece in self._special.split(text) if piece] for text in texts]
+        words = [piece for piece in chain.from_iterable(pieces) if piece not in self._heeded]
+        encoded: Iterator[Sequence[int]] = iter(())
+        if words:
+            encoded = iter(self._tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return [tuple(chain.from_iterable(self._heeded.get(one) or next(encoded) for one in parts)) for parts in pieces]
+
+
 class InputFormatter:
     """Writes items as the model was taught to read them.
 
@@ -49,8 +73,7 @@ class InputFormatter:
         self.processor = processor
         self.settings = settings
         self._tokenizer = processor.tokenizer
-        special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        self._plain = PlainText(self._tokenizer)
         self._ids = lru_cache(maxsize=1024)(self._encode)
 
     def __call__(self, items: Sequence[ItemLike], role: Role, instruction: str | None = None) -> dict[str, Tensor]:
@@ -150,15 +173,3 @@ class InputFormatter:
         if kind == "instruction":
             return self._plain([text])[0]
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _plain(self, texts: list[str]) -> list[tuple[int, ...]]:
-        """Ids of words that others wrote, in which the spelling of a special token is only a spelling.
-
-        Texts are cut around such spellings, as ``apply_chat_template(sanitize_control_tokens=True)`` does.
-        """
-        pieces = [[piece for piece in self._special.split(text) if piece] for text in texts]
-        flat = list(chain.from_iterable(pieces))
-        if not flat:
-            return [()] * len(texts)
-        encoded = iter(self._tokenizer(flat, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        return [tuple(chain.from_iterable(next(encoded) for _ in one)) for one in pieces]

@@ -1,0 +1,33 @@
+"""The formulas against what PyTorch counts, on real shapes without weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+from transformers.initialization import no_init_weights
+
+from quarterlight.models.flops import attention_flop, text_flop, tower_tokens, vision_flop
+from quarterlight.models.shapes import internvl3_config
+
+
+@pytest.mark.parametrize(("shape", "compression"), [("1B", 2), ("2B", 1), ("8B", 2)])
+def test_flops_are_those_that_pytorch_counts(shape: str, compression: int) -> None:
+    config = internvl3_config(shape, visual_token_compression=compression)
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 3, 2  # sums over equal layers
+    with no_init_weights(), torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+        pixels = torch.empty(2, 3, 448, 448, dtype=torch.bfloat16)
+        embedded = torch.empty(1, 100, config.text_config.hidden_size, dtype=torch.bfloat16)
+        with torch.no_grad(), FlopCounterMode(display=False) as vision:
+            model.get_image_features(pixels)
+        with torch.no_grad(), FlopCounterMode(display=False) as text:
+            model.language_model(inputs_embeds=embedded, attention_mask=torch.ones(1, 100, dtype=torch.int64))
+    assert vision.get_total_flops() == pytest.approx(vision_flop(config, 2), rel=1e-3)
+    # eager attention works out both halves of the square
+    assert text.get_total_flops() == pytest.approx(text_flop(config, 100) + attention_flop(config, 100), rel=1e-3)
+
+
+def test_a_tile_has_its_patches_and_a_cls_token() -> None:
+    assert tower_tokens(internvl3_config("2B")) == 32 * 32 + 1
