@@ -30,18 +30,23 @@ class AugmentRecipe:
     """added to each colour channel, of 255, either way"""
 
 
-def augment(pictures_BHW3: Tensor, recipe: AugmentRecipe, generator: torch.Generator) -> Tensor:
+def draw(count: int, *, seed: int, step: int) -> Tensor:
+    """The chance in the changes of so many pictures of a step, float32 ``[count, 9]`` in 0..1.
+
+    Drawn apart from the pictures, so that a picture changes alike whatever chunk or process it falls to.
+    """
+    return torch.rand(count, 9, generator=torch.Generator().manual_seed((seed << 40) + step))
+
+
+def augment(pictures_BHW3: Tensor, recipe: AugmentRecipe, chance_B9: Tensor) -> Tensor:
     """Each picture under its own random affine map and colour change, float32 ``[B, H, W, 3]`` in 0..255.
 
-    pictures_BHW3: in 0..255, any dtype.  What moves in from outside is white.
+    pictures_BHW3: in 0..255, any dtype.  What moves in from outside is white.  chance_B9: of :func:`draw`.
     """
-    B = len(pictures_BHW3)
-
-    def uniform(extent: float, *shape: int) -> Tensor:
-        return (torch.rand(B, *shape, generator=generator) * 2 - 1) * extent
-
-    scale, aspect, angle = 1 + uniform(recipe.scale), 1 + uniform(recipe.aspect), uniform(recipe.rotation)
-    shift_B2 = 2 * uniform(recipe.shift, 2)  # the map's unit is half a side
+    one_B9 = chance_B9 * 2 - 1
+    scale, aspect, angle = 1 + one_B9[:, 0] * recipe.scale, 1 + one_B9[:, 1] * recipe.aspect, one_B9[:, 2]
+    angle = angle * recipe.rotation
+    shift_B2 = 2 * one_B9[:, 3:5] * recipe.shift  # the map's unit is half a side
     cos, sin = scale * angle.cos(), scale * angle.sin()
     map_B23 = torch.stack(
         [torch.stack([cos * aspect, -sin, shift_B2[:, 0]], 1), torch.stack([sin, cos / aspect, shift_B2[:, 1]], 1)], 1
@@ -49,5 +54,6 @@ def augment(pictures_BHW3: Tensor, recipe: AugmentRecipe, generator: torch.Gener
     pictures_B3HW = pictures_BHW3.movedim(-1, 1).float() - 255  # zero is white while the frame moves
     grid = F.affine_grid(map_B23, list(pictures_B3HW.shape), align_corners=False)
     pictures_B3HW = F.grid_sample(pictures_B3HW, grid, align_corners=False) + 255
-    factor, offset = 1 + uniform(recipe.contrast, 1, 1, 1), uniform(recipe.brightness, 3, 1, 1)
+    factor = 1 + one_B9[:, 5, None, None, None] * recipe.contrast
+    offset = one_B9[:, 6:, None, None] * recipe.brightness
     return ((pictures_B3HW - 128) * factor + 128 + offset).clamp(0, 255).movedim(1, -1)

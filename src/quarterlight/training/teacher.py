@@ -11,13 +11,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quarterlight.errors import DatasetError
+from quarterlight.errors import DatasetError, RecipeError
 from quarterlight.prompts import Role
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures
@@ -82,8 +83,11 @@ class Teacher(nn.Module):
         """``[T, D]``, not normalised, from the last feature map."""
         return self.picture(F.adaptive_avg_pool2d(sixteenth, 2).flatten(1))
 
-    def forward(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Embeddings of norm 1, float32 ``[B, D]``, of what :class:`TeacherEncoder` made."""
+    def forward(self, *sides: Mapping[str, Any]) -> Tensor:
+        """Embeddings of norm 1, float32 ``[B, D]``, of all rows of what :class:`TeacherEncoder` made of each side."""
+        return torch.cat([self._embed(inputs) for inputs in sides])
+
+    def _embed(self, inputs: Mapping[str, Any]) -> Tensor:
         total: Tensor | float = 0.0
         if (pixel_values := inputs.get("pixel_values")) is not None:
             picture_BD = self.embed_pictures(self.feature_maps(pixel_values)[1]).float()
@@ -103,8 +107,9 @@ class TeacherEncoder:
     def __init__(self, pictures: Pictures, recipe: TeacherRecipe) -> None:
         self.pictures = pictures
         self.num_ngrams = recipe.num_ngrams
+        self._ngrams = lru_cache(maxsize=1 << 16)(self._hashed)
 
-    def __call__(self, items: Sequence[Item], role: Role, generator: torch.Generator | None) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Item], role: Role, chance_P9: Tensor | None = None) -> dict[str, Any]:
         """Raises DatasetError when the items are not alike, or have several pictures each."""
         if len({(len(item.images), bool(item.text)) for item in items}) > 1 or len(items[0].images) > 1:
             raise DatasetError(
@@ -114,14 +119,18 @@ class TeacherEncoder:
         inputs: dict[str, Any] = {}
         if items[0].images:
             whole = [replace(item, max_tiles=1) for item in items]  # it reads a page as one small picture
-            inputs["pixel_values"] = self.pictures.pixel_values(*self.pictures.tiles(whole), generator)
+            inputs["pixel_values"] = self.pictures.pixel_values(*self.pictures.tiles(whole), chance_P9)
         if items[0].text:
             inputs |= self.texts([item.text or "" for item in items])
         return inputs
 
+    def num_tokens(self, items: Sequence[Item], role: Role) -> list[int]:
+        """Raises RecipeError: the statistics of its batch normalisation are those of whole batches."""
+        raise RecipeError("A teacher is trained on whole batches: leave chunk_tokens out of its loss.")
+
     def beside(self, inputs: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
         """Inputs for the items that another encoder made ``inputs`` of, with its pixels if a picture is one tile."""
-        own = self(items, "document", None)
+        own = self(items, "document")
         if "pixel_values" in own and own["pixel_values"].shape == inputs["pixel_values"].shape:
             own["pixel_values"] = inputs["pixel_values"]
         return own
@@ -132,7 +141,7 @@ class TeacherEncoder:
         lengths = torch.tensor([0, *map(len, bags[:-1])])
         return {"ngrams": torch.tensor([one for bag in bags for one in bag]), "offsets": lengths.cumsum(0)}
 
-    def _ngrams(self, text: str) -> list[int]:
+    def _hashed(self, text: str) -> list[int]:
         padded = f" {text.lower()} "
         grams = [padded[start : start + 3] for start in range(len(padded) - 2)] + padded.split()
         return [zlib.crc32(gram.encode()) % self.num_ngrams for gram in grams]

@@ -22,8 +22,10 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from quarterlight.errors import RecipeError
 from quarterlight.models.compression import compress
 from quarterlight.records import Item
+from quarterlight.training.augment import draw
 from quarterlight.training.collate import Pictures
-from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint
+from quarterlight.training.distributed import world_size
+from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, tensorboard
 from quarterlight.training.teacher import Teacher
 
 _NEIGHBOURS = [(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)]
@@ -34,7 +36,7 @@ class TowerRecipe:
     """What imitation does beyond its optimiser."""
 
     batch_size: int = 192
-    """pictures of a batch"""
+    """pictures of a batch on each device"""
     middle_layer: int = 4
     """the layer, counted from 1, whose patches imitate the map at an eighth of the side"""
 
@@ -151,8 +153,8 @@ class _TileSteps(Dataset[Tensor]):
 
     def __getitem__(self, step: int) -> Tensor:
         chosen = np.random.default_rng((self.seed, step)).integers(len(self.items), size=self.batch_size)
-        tiles = self.pictures.tiles([self.items[index] for index in chosen])
-        return self.pictures.pixel_values(*tiles, torch.Generator().manual_seed((self.seed << 40) + step))
+        tiles_THW3, counts = self.pictures.tiles([self.items[index] for index in chosen])
+        return self.pictures.pixel_values(tiles_THW3, counts, draw(self.batch_size, seed=self.seed, step=step))
 
 
 def imitate(
@@ -180,11 +182,15 @@ def imitate(
             f"Imitation needs patches of 8 pixels, the stride of the teacher's map, and a middle_layer from 1 to "
             f"{vision.num_hidden_layers}; got patches of {vision.patch_size[0]} and middle_layer {recipe.middle_layer}."
         )
-    arguments = optimizer.arguments(folder, seed=seed)
+    batches = optimizer.gradient_accumulation_steps * world_size()  # of a step
+    num_steps = optimizer.steps(len(items), recipe.batch_size * batches)
+    arguments = optimizer.arguments(folder, seed=seed, num_steps=num_steps)
     trainer = Trainer(
         model=_Imitation(tower, teacher.to(arguments.device), recipe),
         args=arguments,
-        train_dataset=_TileSteps(items, pictures, recipe.batch_size, optimizer.num_steps, seed),
+        # the loader deals them out to the processes
+        train_dataset=_TileSteps(items, pictures, recipe.batch_size, num_steps * batches, seed),
         data_collator=collate,
+        callbacks=[tensorboard(folder)],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))

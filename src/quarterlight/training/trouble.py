@@ -1,0 +1,61 @@
+"""What training writes down when data or loss go wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.training.distributed import gather_objects, rank
+
+_FIRST = 200  # pictures; the share of fewer says little
+
+
+class PictureLog:
+    """Counts the pictures of all processes, and adds each that cannot be read once to ``unreadable.txt``.
+
+    max_unreadable: share of the pictures above which :meth:`add` stops the run.
+    """
+
+    def __init__(self, folder: Path, max_unreadable: float) -> None:
+        self.file = folder / "unreadable.txt"
+        self.max_unreadable = max_unreadable
+        self.num_pictures = 0
+        self.num_unreadable = 0
+
+    def add(self, num_pictures: int, reasons: Sequence[str]) -> None:
+        """Takes notes of a batch; all processes must call it together.
+
+        num_pictures: of this process.  reasons: a sentence for each of them that cannot be read.
+        Raises DatasetError on all processes when there are too many.
+        """
+        found = gather_objects([(num_pictures, list(reasons))])
+        self.num_pictures += sum(number for number, _ in found)
+        new = [reason for _, reasons in found for reason in reasons]
+        self.num_unreadable += len(new)
+        if new and rank() == 0:
+            with self.file.open("a+", encoding="utf-8") as stream:
+                stream.seek(0)
+                known = {*stream.read().splitlines()}
+                stream.writelines(f"{reason}\n" for reason in dict.fromkeys(new) if reason not in known)
+        if new and self.num_pictures >= _FIRST and self.num_unreadable > self.max_unreadable * self.num_pictures:
+            raise DatasetError(
+                f"{self.num_unreadable} of the {self.num_pictures} pictures seen so far cannot be read, more than "
+                f"max_unreadable ({self.max_unreadable}) allows: mend those listed in {self.file}, or raise it. "
+                f"For example: {new[0]}"
+            )
+
+
+def stop_at(folder: Path, step: int, loss: float, **ids: Any) -> NoReturn:
+    """Saves what a batch held whose loss is not finite to ``nonfinite.json``, and raises RecipeError."""
+    file = folder / "nonfinite.json"
+    values: Mapping[str, Any] = {"step": step, "loss": str(loss), **ids}
+    draft = file.with_suffix(f".{rank()}.tmp")
+    draft.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    draft.replace(file)
+    raise RecipeError(
+        f"The loss became {loss} at step {step}: look at the batch, whose ids are in {file}, or lower the learning "
+        "rate. The last checkpoint is kept."
+    )
