@@ -1,0 +1,467 @@
+"""Stage 1, restoration: the whole model learns to continue conversations about compressed pictures.
+
+Legend of shapes: B packs, L tokens of the longest, N labelled tokens of all of them, D columns, T tiles, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+
+from quarterlight.data.conversations import IMAGE, Conversation, Conversations
+from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
+from quarterlight.errors import ImageError, RecipeError
+from quarterlight.images import describe, image_size
+from quarterlight.models.inputs import PlainText
+from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
+from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.records import ImageSource, Item
+from quarterlight.training.collate import Pictures
+from quarterlight.training.distributed import rank, world_size
+from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
+from quarterlight.training.trouble import PictureLog, stop_at
+
+_GROUNDING = ("<ref>", "</ref>", "<box>", "</box>")  # InternVL's marks of phrases and boxes
+_SLICE = 1024  # labelled tokens whose scores of the whole vocabulary exist at once: 0.6 GB in float32 at 151,674 words
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreRecipe:
+    """What stage 1 does beyond its optimiser."""
+
+    max_tokens: int = 4096
+    """tokens of a pack, those of pictures included; longer conversations are cut after an answer or left out"""
+    packs_per_device: int = 1
+    """packs of a batch on each device"""
+    max_tiles: int = 4
+    """the most tiles of a picture; a thumbnail is added to more than one (paper: 4)"""
+    eval_every: int = 1000
+    """steps between measurements of the loss on held-out conversations; 0 for none"""
+    eval_conversations: int = 500
+    """held-out conversations of a source that are measured"""
+    max_unreadable: float = 0.01
+    """share of unreadable pictures above which training stops"""
+
+    def __post_init__(self) -> None:
+        least = {"max_tokens": 1, "packs_per_device": 1, "max_tiles": 1, "eval_every": 0, "eval_conversations": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise RecipeError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise RecipeError(f"max_unreadable must be from 0 to 1, got {self.max_unreadable}.")
+
+
+class ConversationTokenizer:
+    """Conversations in ChatML, as InternVL3 reads them; what people wrote holds no special tokens but those of boxes.
+
+        <|im_start|>user
+        <img><IMG_CONTEXT>...</img>
+        What is this?<|im_end|>
+        <|im_start|>assistant
+        a red apple<|im_end|>
+
+    Labelled are the tokens of the assistant's words and the end of its turns.
+    """
+
+    def __init__(self, processor: InternVLVTCProcessor, max_tiles: int) -> None:
+        self.processor = processor
+        self.max_tiles = max_tiles
+        self._plain = PlainText(processor.tokenizer, heeded=_GROUNDING)
+        self._frame = lru_cache(maxsize=16)(self._encode)
+
+    def __call__(self, conversation: Conversation) -> Sample:
+        """The conversation as tokens; of its pictures only the headers are read."""
+        processor = self.processor
+        tiles = tuple(self._count(source) for source in conversation.images)
+        counts = iter(tiles)
+        ids: list[int] = []
+        labelled: list[bool] = []
+        ends: list[int] = []
+
+        def add(more: Sequence[int], label: bool = False) -> None:
+            ids.extend(more)
+            labelled.extend([label] * len(more))
+
+        pieces = [
+            message.content.strip().split(IMAGE) if message.role == "user" else [message.content.strip()]
+            for message in conversation.messages
+        ]
+        encoded = iter(self._plain([piece for parts in pieces for piece in parts]))
+        for number, (message, parts) in enumerate(zip(conversation.messages, pieces, strict=True)):
+            add(self._frame("\n" * (number > 0) + f"<|im_start|>{message.role}\n"))
+            for place in range(len(parts)):
+                if place:
+                    add([processor.start_image_token_id])
+                    add([processor.image_token_id] * (next(counts) * processor.image_seq_length))
+                    add([processor.end_image_token_id])
+                    ends.append(len(ids))
+                add(next(encoded), message.role == "assistant")
+            add(self._frame("<|im_end|>"), message.role == "assistant")
+        return Sample(
+            id=conversation.id,
+            ids=np.array(ids, np.int32),
+            labelled=np.array(labelled),
+            images=conversation.images,
+            tiles=tiles,
+            image_ends=tuple(ends),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _count(self, source: ImageSource) -> int:
+        """Tiles of a picture; 1 if it cannot be read, which whoever decodes it will find out."""
+        if self.max_tiles == 1:
+            return 1
+        try:
+            width, height = image_size(source)
+        except ImageError:
+            return 1
+        settings = {"max_patches": self.max_tiles, "crop_to_patches": True}
+        return self.processor.image_processor.get_number_of_image_patches(height, width, settings)
+
+
+class PackCollator:
+    """Packs to the tensors that :func:`next_token_loss` reads; pictures are decoded here.
+
+    A picture that cannot be read becomes white tiles, and what is said of it loses its labels.
+    """
+
+    def __init__(self, processor: InternVLVTCProcessor, recipe: RestoreRecipe) -> None:
+        self.processor = processor
+        self.slices = math.ceil(recipe.packs_per_device * recipe.max_tokens / _SLICE)
+        self.pictures = Pictures(processor.image_processor, max_tiles=recipe.max_tiles)
+
+    def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+        """One row a pack.
+
+        input_ids, position_ids: int64 [B, L]; positions start again with each sample, and with the padding.
+        places: int64 [N], where in the flattened [B, L] a labelled token is the next.  labels: int64 [N], that token.
+        pixel_values: float32 [T, 3, H, W], if there are pictures.  slices: into how many parts the labels are cut.
+        ids: of the samples.  unreadable: why pictures cannot be read.  num_images: of the samples.
+        """
+        length = max(1, *(sum(map(len, pack)) for pack in packs))
+        input_ids = np.full((len(packs), length), self.processor.tokenizer.pad_token_id, np.int64)
+        position_ids = np.zeros_like(input_ids)
+        labelled = np.zeros(input_ids.shape, np.bool_)
+        tiles: list[np.ndarray[Any, Any]] = []
+        unreadable: list[str] = []
+        for row, pack in enumerate(packs):
+            start = 0
+            for sample in pack:
+                stop = start + len(sample)
+                input_ids[row, start:stop] = sample.ids
+                position_ids[row, start:stop] = np.arange(len(sample))
+                labelled[row, start:stop] = sample.labelled
+                if sample.images:
+                    one, reasons = self._tiles(sample)
+                    tiles.append(one)
+                    unreadable += reasons
+                    labelled[row, start:stop] &= not reasons
+                start = stop
+            position_ids[row, start:] = np.arange(length - start)
+        # a sample begins with the frame of its first turn, so that a labelled token always has one before it
+        places = np.flatnonzero(labelled)
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "places": torch.from_numpy(places - 1),
+            "labels": torch.from_numpy(input_ids.reshape(-1)[places]),
+            "slices": self.slices,
+            "ids": [sample.id for pack in packs for sample in pack],
+            "unreadable": unreadable,
+            "num_images": sum(len(sample.images) for pack in packs for sample in pack),
+        }
+        if tiles:
+            batch["pixel_values"] = self.processor.image_processor.normalize_tiles(
+                torch.from_numpy(np.concatenate(tiles))
+            )
+        return batch
+
+    def _tiles(self, sample: Sample) -> tuple[np.ndarray[Any, Any], list[str]]:
+        """uint8 ``[T, H, W, 3]`` of a sample's pictures, and why some cannot be read; all are white then."""
+        item = Item(image=sample.images)
+        tiles_THW3, (counts,) = self.pictures.tiles([item])
+        reasons = self.pictures.whys(item)
+        if not reasons and tuple(counts) == sample.tiles:
+            return tiles_THW3, []
+        blank = np.full((sum(sample.tiles), *tiles_THW3.shape[1:]), 255, np.uint8)
+        return blank, reasons or [f"{describe(sample.images[0])} has changed since its header was read."]
+
+
+def next_token_loss(model: InternVLVTCForConditionalGeneration, batch: Mapping[str, Any]) -> Tensor:
+    """Cross-entropy of the labelled tokens, in nats, summed over all of them (paper, eq. 4); scalar, float32.
+
+    batch: what :class:`PackCollator` makes, on the model's device.  Divide by ``len(batch["labels"])`` for the mean.
+
+    Samples of a pack do not see one another: with restarting positions and no mask, transformers makes attention
+    block-diagonal.  Hidden states are picked where a token is labelled before they meet the language head, and go
+    through it in slices that the backward pass works out again: ``[L, V]`` never exists.  Without pictures, a blank
+    tile goes through the tower and counts nothing, since sharded weights are gathered by all processes or by none.
+    """
+    input_ids = batch["input_ids"]
+    embeds_BLD = model.get_input_embeddings()(input_ids)
+    pixel_values = batch.get("pixel_values")
+    if pixel_values is None:
+        vision: Any = model.config.vision_config
+        blank = torch.zeros(1, 3, *vision.image_size, device=input_ids.device)
+        embeds_BLD = embeds_BLD + 0.0 * model.get_image_features(blank).pooler_output.sum().to(embeds_BLD.dtype)
+    else:
+        features = model.get_image_features(pixel_values).pooler_output.to(embeds_BLD.dtype)
+        slots = model.model.get_placeholder_mask(input_ids, embeds_BLD, features)  # checks that they are as many
+        embeds_BLD = embeds_BLD.masked_scatter(slots, features)
+    hidden_BLD = model.model.language_model(
+        inputs_embeds=embeds_BLD, position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    hidden_ND = hidden_BLD.flatten(0, 1)[batch["places"]]
+    # as many slices whatever the number of labels, so that all processes call the head equally often
+    slices = zip(hidden_ND.tensor_split(batch["slices"]), batch["labels"].tensor_split(batch["slices"]), strict=True)
+    losses = [checkpoint(_slice_loss, model.lm_head, *one, use_reentrant=False) for one in slices]
+    return torch.stack(losses).sum()
+
+
+def _slice_loss(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden_ND).float(), labels_N, reduction="sum")
+
+
+class _Writer(nn.Module):
+    """The model as ``Trainer`` sees it.
+
+    ``Trainer`` saves a transformers model under the names of its published weights, but resumes it without translating
+    them back: the language model of an InternVL would start anew without a word.  In here it keeps its names.  A head
+    that shares the weights of the embeddings is saved as those alone, since safetensors does not save one tensor twice.
+    """
+
+    accepts_loss_kwargs = True  # has Trainer count the labels of all batches of a step, on all processes
+
+    def __init__(self, model: InternVLVTCForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # where FSDP cuts
+        self.register_state_dict_post_hook(_leave_out_tied)
+        self.register_load_state_dict_pre_hook(_put_in_tied)
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        return next_token_loss(self.model, batch)
+
+
+def _leave_out_tied(writer: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in writer.model.all_tied_weights_keys:
+        state.pop(f"{prefix}model.{name}", None)
+
+
+def _put_in_tied(writer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, source in writer.model.all_tied_weights_keys.items():
+        if f"{prefix}model.{source}" in state:
+            state[f"{prefix}model.{name}"] = state[f"{prefix}model.{source}"]
+
+
+class _Batches(Dataset[dict[str, Any]]):
+    """Batches by number, so that ``Trainer`` resumes by skipping numbers; the next ones are made ahead in threads."""
+
+    def __init__(self, make: Callable[[int], dict[str, Any]], total: int, *, num_threads: int) -> None:
+        self.waited_s = 0.0
+        self._make = make
+        self._total = total
+        self._num_threads = num_threads
+        # a second team of threads would only take the cores from the model
+        self._pool = ThreadPoolExecutor(max(1, num_threads), "packs", torch.set_num_threads, (1,))
+        self._ahead: dict[int, Future[dict[str, Any]]] = {}
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        started = time.monotonic()
+        for one in range(number, min(number + self._num_threads + 1, self._total)):
+            if one not in self._ahead:
+                self._ahead[one] = self._pool.submit(self._make, one)
+        batch = self._ahead.pop(number).result()
+        self.waited_s += time.monotonic() - started
+        return batch
+
+    def close(self) -> None:
+        """Stops working ahead."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+class RestoreTrainer(Trainer):
+    """``Trainer`` with the next-token loss, and the same on held-out conversations as its evaluation."""
+
+    def __init__(
+        self,
+        *,
+        batches: _Batches,
+        recipe: RestoreRecipe,
+        collate: PackCollator,
+        held_out: Mapping[str, list[list[Sample]]],
+        **more: Any,
+    ) -> None:
+        super().__init__(train_dataset=batches, eval_dataset=list(held_out), **more)
+        self.batches = batches
+        self.recipe = recipe
+        self.collate = collate
+        self.held_out = held_out
+        self._folder = Path(str(self.args.output_dir))
+        self._pictures = PictureLog(self._folder, recipe.max_unreadable)
+        self._started = time.monotonic()
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the training time, validation aside, in which the model did not wait for its inputs."""
+        return 1 - self.batches.waited_s / max(time.monotonic() - self._started, 1e-9)
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The batches of this process, which is what the dataset makes: accelerate must not divide them once more."""
+        # batches of one, not of None, or Trainer could not skip those that a stopped run has done
+        return DataLoader(self.batches, batch_size=1, collate_fn=_only)
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Ends the threads when training ends, however it ends."""
+        self._started = time.monotonic()
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.batches.close()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a batch over the labels of its whole step: all packs, on all processes.
+
+        Raises RecipeError on a loss that is not finite, DatasetError when too many pictures cannot be read.
+        """
+        self._pictures.add(inputs["num_images"], inputs["unreadable"])
+        loss = model(inputs)
+        if not torch.isfinite(loss):
+            stop_at(self._folder, self.state.global_step, loss.item(), ids=inputs["ids"])
+        # processes average their gradients, where a sum is wanted
+        return loss * world_size() / max(1, int(num_items_in_batch))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the utilisation to what is said about training."""
+        if "loss" in logs or "train_loss" in logs:
+            logs["utilisation"] = round(self.utilisation, 3)
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss of a labelled token, in nats: over each source's held-out conversations, and over all of them."""
+        started = time.monotonic()
+        totals = {label: self._total(packs) for label, packs in self.held_out.items()}
+        metrics = {f"eval_loss_{label.replace('/', '_')}": loss / count for label, (loss, count) in totals.items()}
+        loss, count = (sum(one) for one in zip(*totals.values(), strict=True))
+        metrics["eval_loss"] = loss / count
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._started += time.monotonic() - started
+        return metrics
+
+    @torch.no_grad()
+    def _total(self, packs: list[list[Sample]]) -> tuple[float, int]:
+        """Sum and number over the packs; each process takes its share, and an empty pack where that falls short."""
+        model = self.model_wrapped.eval()
+        batch, processes = self.recipe.packs_per_device, world_size()
+        total = torch.zeros(2, dtype=torch.float64)
+        for start in range(
+            rank() * batch, math.ceil(len(packs) / batch / processes) * batch * processes, batch * processes
+        ):
+            inputs = self.collate(packs[start : start + batch] or [[]])
+            total[0] += float(model(self._prepare_inputs(inputs)))
+            total[1] += len(inputs["labels"])
+        total = self.accelerator.reduce(total.to(self.args.device), "sum")
+        model.train()
+        return float(total[0]), max(1, int(total[1]))
+
+
+def _only(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return batches[0]
+
+
+def hold_out(
+    sources: Sequence[Conversations], tokenize: ConversationTokenizer, recipe: RestoreRecipe
+) -> dict[str, list[list[Sample]]]:
+    """Packs of ``recipe.eval_conversations`` of each source, spread over all of it, by the source's label."""
+    held_out = {}
+    for source in sources:
+        places = np.linspace(0, len(source) - 1, min(recipe.eval_conversations, len(source))).astype(int)
+        samples = (cut(tokenize(source[int(place)]), recipe.max_tokens) for place in places)
+        held_out[source.label] = pack_all([sample for sample in samples if sample is not None], recipe.max_tokens)
+    return held_out
+
+
+def train_restore(
+    model: InternVLVTCForConditionalGeneration,
+    processor: InternVLVTCProcessor,
+    *,
+    sources: Sequence[Conversations],
+    validation: Sequence[Conversations],
+    recipe: RestoreRecipe,
+    optimizer: OptimizerRecipe,
+    folder: Path,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> RestoreTrainer:
+    """Trains all weights of ``model`` in place on packed conversations, and returns its trainer.
+
+    weights: share of the conversations of each source, relative to the others; ``None`` gives each conversation the
+        same chance.
+    Under a launcher of several processes they train together.  Where the weights are sharded, the first process's model
+    has them whole in the end.  Resumes from ``folder`` if a run was stopped there.
+    """
+    tokenize = ConversationTokenizer(processor, recipe.max_tiles)
+    sampler = PackedSampler(sources, tokenize=tokenize, max_tokens=recipe.max_tokens, weights=weights, seed=seed)
+    collate = PackCollator(processor, recipe)
+    packs, accumulated = recipe.packs_per_device * world_size(), optimizer.gradient_accumulation_steps
+    num_packs = math.ceil(sum(map(len, sources)) / sampler.conversations_per_pack)
+    num_steps = optimizer.steps(num_packs, packs * accumulated)
+
+    def make(number: int) -> dict[str, Any]:
+        first = number * packs + rank() * recipe.packs_per_device
+        return collate([sampler.pack(first + one) for one in range(recipe.packs_per_device)])
+
+    evaluating = recipe.eval_every > 0 and len(validation) > 0
+    arguments = optimizer.arguments(
+        folder,
+        seed=seed,
+        num_steps=num_steps,
+        dataloader_num_workers=0,  # threads prepare the batches
+        dataloader_multiprocessing_context=None,
+        eval_strategy="steps" if evaluating else "no",
+        eval_steps=recipe.eval_every if evaluating else None,
+    )
+    if optimizer.gradient_checkpointing:
+        recompute_activations(model)
+    writer = _Writer(model)
+    trainer = RestoreTrainer(
+        model=writer,
+        args=arguments,
+        batches=_Batches(make, num_steps * accumulated, num_threads=optimizer.num_workers),
+        recipe=recipe,
+        collate=collate,
+        held_out=hold_out(validation, tokenize, recipe) if evaluating else {},
+        callbacks=[tensorboard(folder)],
+    )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded:  # which changes the modules for good
+        trainer.model = trainer.model_wrapped = copy.deepcopy(writer)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if sharded:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.is_world_process_zero():
+            writer.load_state_dict(state)
+    return trainer
