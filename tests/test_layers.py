@@ -18,12 +18,19 @@ LAYERS = (
     ("models", "data", "index"),
     ("training", "search"),
     ("mining", "evaluation", "serving"),
+    ("recipe",),
+    ("plan",),
     ("pipeline", "cli"),
 )
 """Top-level modules and packages, from what knows nothing to what knows everything."""
 
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
-FREE = ("", "registration", "cli")  # __init__.py gathers the public names, the command line uses whatever it wants
+FREE = (
+    "",
+    "__main__",
+    "registration",
+    "cli",
+)  # the first gathers public names; commands use what they want
 PEERS = LAYERS[0]  # single files of nouns: these may use each other, as long as no cycle arises
 
 

@@ -8,21 +8,27 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import InternVLVisionConfig, Qwen2Config
 
 from quarterlight.data.contrastive import TaskMixture
-from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions
+from quarterlight.data.conversations import Conversations, from_task, load_conversations
+from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions, with_negatives
 from quarterlight.errors import DatasetError, RecipeError, did_you_mean
 from quarterlight.manifest import environment
-from quarterlight.models.checkpoint import load_backbone, load_settings, save_checkpoint
+from quarterlight.mining.judge import judge, read_judged
+from quarterlight.mining.negatives import MineRecipe, mine, read_mined
+from quarterlight.models.checkpoint import load_backbone, load_settings, resolve_checkpoint, save_checkpoint
+from quarterlight.models.embedder import Embedder
 from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
@@ -30,86 +36,172 @@ from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcesso
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.tokenizer import train_tokenizer
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
+from quarterlight.recipe import Recipe, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
 from quarterlight.training.contrast import PromptEmbedder, train_contrastive
-from quarterlight.training.recipe import Recipe, TaskRecipe
+from quarterlight.training.distributed import processes
+from quarterlight.training.lora import add_lora, merge_lora
+from quarterlight.training.report import write_report
+from quarterlight.training.restore import train_restore
 from quarterlight.training.teacher import Teacher, TeacherEncoder
 from quarterlight.training.tower import imitate, structure_attention
 
 MANIFEST = "manifest.json"
-STAGES = ("start", "teacher", "tower", "contrast")
-"""Random model and tokenizer; convolutional teacher; warm start of the tower; contrastive training."""
 
-_SCHEDULING = {"optimizer": {"save_every", "log_every", "num_workers"}, "loss": {"eval_every", "eval_queries"}}
+_SCHEDULING = {
+    "optimizer": {"save_every", "log_every", "num_workers"},
+    "loss": {"eval_every", "eval_queries", "eval_conversations"},
+}
+"""What changes how a stage is run, but none of its weights."""
 
 
-def run(recipe: Recipe, data: Path, folder: Path, *, only: str | None = None, report: Callable[[str], None]) -> Path:
-    """Runs every stage that is not finished, or one of them; returns the folder of the last.
+def run(
+    recipe: Recipe,
+    data: Path,
+    folder: Path,
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    report: Callable[[str], None],
+) -> Path:
+    """Runs every stage from ``first`` to ``last`` that is not finished; returns the folder of the last.
 
     data: the directory of the datasets that the recipe names.  report: called with a line before and after each stage.
+    first: stages before it are taken as they are, also if this recipe would make them otherwise.
     Raises RecipeError for an unknown stage, DatasetError for data that is missing or broken.
     """
-    stages = [stage for stage in STAGES if stage == "start" or getattr(recipe, stage) is not None]
-    if only is not None and only not in stages:
-        raise RecipeError(f"The recipe has no stage {only!r}. {did_you_mean(only, stages)}")
+    chosen = _between(recipe.stages, first, last)
     pipeline = _Pipeline(recipe, data, folder)
-    last = only or stages[-1]
-    for stage in stages[: stages.index(last) + 1]:
+    if not processes().is_main_process:
+        report = _silent
+    for stage in recipe.stages[: recipe.stages.index(chosen[0])]:
+        if not pipeline.manifest(stage):
+            raise RecipeError(f"{chosen[0]} needs the stage {stage}, which is not finished in {folder}: run it first.")
+        report(f"{stage}: taken as it is")
+    for stage in chosen:
         if pipeline.finished(stage):
             report(f"{stage}: finished before")
-        elif only not in (None, stage):
+            continue
+        report(f"{stage}: running")
+        try:
+            seconds = pipeline.run(stage)
+        except OSError as error:
             raise RecipeError(
-                f"--only {only} needs the stage {stage}, which is not finished in {folder}: run it first."
-            )
-        else:
-            report(f"{stage}: running")
-            try:
-                seconds = pipeline.run(stage)
-            except OSError as error:
-                raise RecipeError(
-                    f"The stage {stage} cannot go on: {error.strerror or error} ({error.filename or folder}). What was "
-                    "saved is kept; mend it and start the same command again."
-                ) from error
-            report(f"{stage}: finished in {seconds / 60:.1f} minutes")
-    return folder / last
+                f"The stage {stage} cannot go on: {error.strerror or error} ({error.filename or folder}). What was "
+                "saved is kept; mend it and start the same command again."
+            ) from error
+        report(f"{stage}: finished in {seconds / 60:.1f} minutes")
+        if processes().is_main_process:
+            write_report(folder, [folder / one for one in recipe.stages if pipeline.manifest(one)])
+    return folder / chosen[-1]
+
+
+def _between(stages: Sequence[str], first: str | None, last: str | None) -> Sequence[str]:
+    for stage in (first, last):
+        if stage is not None and stage not in stages:
+            raise RecipeError(f"The recipe has no stage {stage!r}. {did_you_mean(stage, stages)}")
+    start = stages.index(first) if first else 0
+    stop = stages.index(last) + 1 if last else len(stages)
+    if start >= stop:
+        raise RecipeError(f"The stage {first} comes after {last}, so there is nothing to run.")
+    return stages[start:stop]
+
+
+def _silent(_: str) -> None:
+    """What processes other than the first report."""
 
 
 class _Pipeline:
-    """The stages as methods of their names; each leaves its folder under its final name only when it is whole."""
+    """The stages as methods of their names; each leaves its folder under its final name only when it is whole.
+
+    Under a launcher every process runs every stage, and the first one writes.
+    """
 
     def __init__(self, recipe: Recipe, data: Path, folder: Path) -> None:
         self.recipe = recipe
         self.data = data
         self.folder = folder
-        self._tasks: dict[tuple[str, str, str], RetrievalTask] = {}
-        self._inputs: dict[str, str] = {}
+        self.state = processes()
+        self._tasks: dict[tuple[Any, ...], RetrievalTask] = {}
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """What a stage that is finished says of itself; empty if it is not."""
+        file = self.folder / stage / MANIFEST
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def finished(self, stage: str) -> bool:
-        """Whether a stage's folder was written by this very recipe, as far as it matters to the stage."""
-        file = self.folder / stage / MANIFEST
-        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint(stage)
+        """Whether a stage's folder was written from the same inputs and settings."""
+        return self.manifest(stage).get("fingerprint") == self.fingerprint(stage)
 
     def fingerprint(self, stage: str) -> str:
-        """SHA-256, in hex, of the data and of what the recipe says for this stage and those before it.
+        """SHA-256, in hex, of all that decides the result of a stage: its settings, its data, and the stages it reads.
 
-        What changes no weight (how often to save, log and validate, how many workers) is left out.
+        What changes no weight (how often to save, log and validate, how many workers) is left out.  A stage that is
+        read counts as what lies in its folder, or as what this recipe would put there.
         """
-        ignored = {"name", *STAGES[STAGES.index(stage) + 1 :]}
-        settings = {key: value for key, value in asdict(self.recipe).items() if key not in ignored}
-        for one in (settings[name] for name in STAGES[1:] if settings.get(name)):
+        settings: dict[str, Any] = {"seed": self.recipe.seed, "model": asdict(self.recipe.model)}
+        if stage != "start":
+            one = settings[stage] = asdict(getattr(self.recipe, stage))
             for section, keys in _SCHEDULING.items():
                 for key in keys & one.get(section, {}).keys():
                     del one[section][key]
-        return hashlib.sha256(json.dumps([settings, self.inputs()], sort_keys=True).encode()).hexdigest()
+            settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
+        if stage != "restore":
+            settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
+        before = {one: self.manifest(one).get("fingerprint") or self.fingerprint(one) for one in self._reads(stage)}
+        return hashlib.sha256(json.dumps([settings, before, self.inputs(stage)], sort_keys=True).encode()).hexdigest()
 
-    def inputs(self) -> dict[str, str]:
-        """``dataset/task`` -> SHA-256, in hex, of its training files."""
-        if not self._inputs:
-            for one in self.recipe.mixture:
-                dataset = RetrievalDataset(self.data / one.dataset)
-                self._inputs[f"{one.dataset}/{one.task}"] = dataset.fingerprint(one.task, "train")
-        return self._inputs
+    def _reads(self, stage: str) -> list[str]:
+        """The stages whose folders a stage reads."""
+        earlier = self.recipe.stages[: self.recipe.stages.index(stage)]
+        contrast = self.recipe.contrast.get(stage)
+        wanted = {
+            "start": [],
+            "teacher": ["start"],
+            "tower": ["start", "teacher"],
+            "hard_negatives": ["mine"],
+            "judge": ["retrieve"],
+            "finetune": ["judge" if self.recipe.judge else "retrieve"],
+        }.get(stage, [])
+        if contrast is not None and contrast.teacher_weight:
+            wanted = [*wanted, "teacher"]
+        if contrast is not None and contrast.fill_from_mined:
+            wanted = [*wanted, "mine"]
+        if stage not in ("start", "teacher", "tower", "judge"):
+            wanted = [*wanted, *self._models(stage)[-1:]]
+        return [one for one in earlier if one in wanted]
+
+    def _models(self, stage: str) -> list[str]:
+        """The stages before this one that leave a model, in order."""
+        earlier = self.recipe.stages[: self.recipe.stages.index(stage)]
+        return [one for one in earlier if one not in ("teacher", "mine", "retrieve", "judge")]
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """What a stage reads from the data directory -> SHA-256, in hex."""
+        if stage == "restore":
+            assert self.recipe.restore is not None
+            return {one.label: self._file_hash(one) for one in self.recipe.restore.data}
+        return {one.label: self._task_hash(one.dataset, one.task) for one in self.recipe.tasks(stage)}
+
+    def _file_hash(self, one: SourceRecipe) -> str:
+        if one.file is None:
+            return self._task_hash(str(one.dataset), str(one.task))
+        path = self.data / one.file
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DatasetError(f"{path}, which restore.data names, cannot be read ({error.strerror}).") from error
+
+    def _task_hash(self, dataset: str, task: str) -> str:
+        if (dataset, task) not in self._hashes:
+            self._hashes[dataset, task] = RetrievalDataset(self.data / dataset).fingerprint(task, "train")
+        return self._hashes[dataset, task]
+
+    @cached_property
+    def _hashes(self) -> dict[tuple[str, str], str]:
+        return {}
 
     def run(self, stage: str) -> float:
         """Runs a stage; returns the seconds it took since it was last started."""
@@ -120,39 +212,59 @@ class _Pipeline:
         target, work = self.folder / stage, self.folder / f"{stage}.running"
         if target.exists() and not (target / MANIFEST).is_file():
             raise RecipeError(f"{target} was not made by training and is not overwritten: choose another --out.")
+        fingerprint = self.fingerprint(stage)
+        if self.state.is_main_process:
+            self._open(work, fingerprint)
+        self.state.wait_for_everyone()
+        draft = work / "result"
+        getattr(self, stage, self._contrast)(work, draft, *[stage] * (stage in self.recipe.contrast))
+        self.state.wait_for_everyone()
+        seconds = time.monotonic() - started
+        if self.state.is_main_process:
+            self._close(stage, work, draft, target, fingerprint, seconds)
+        self.state.wait_for_everyone()
+        return seconds
+
+    def _open(self, work: Path, fingerprint: str) -> None:
         mark = work / "fingerprint"
         work.mkdir(parents=True, exist_ok=True)
         if not mark.is_file():
-            mark.write_text(self.fingerprint(stage))
-        elif mark.read_text() != self.fingerprint(stage):
+            mark.write_text(fingerprint)
+        elif mark.read_text() != fingerprint:
             raise RecipeError(
                 f"{work} holds half a run of another recipe or of other data: remove it, or choose another --out."
             )
-        draft = work / "result"
-        getattr(self, stage)(work, draft)
-        seconds = time.monotonic() - started
-        manifest = {
-            "stage": stage,
-            "fingerprint": self.fingerprint(stage),
-            "recipe": asdict(self.recipe),
-            "inputs_sha256": self.inputs(),
-            "seconds": round(seconds),
-            "environment": environment(),
-        }
+
+    def _close(self, stage: str, work: Path, draft: Path, target: Path, fingerprint: str, seconds: float) -> None:
+        """Adds logs, recipe and manifest, and gives the folder its name."""
         log = sorted(work.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
         if log:
             shutil.copy(log[-1], draft / "trainer_state.json")
+        for name in ("tensorboard", "unreadable.txt"):
+            if (work / name).exists():
+                (shutil.copytree if (work / name).is_dir() else shutil.copy)(work / name, draft / name)
+        (draft / "recipe.yaml").write_text(yaml.safe_dump(_plain(self.recipe), sort_keys=False), encoding="utf-8")
+        manifest = {
+            "stage": stage,
+            "fingerprint": fingerprint,
+            "reads": {one: self.manifest(one)["fingerprint"] for one in self._reads(stage)},
+            "inputs_sha256": self.inputs(stage),
+            "recipe": asdict(self.recipe),
+            "processes": self.state.num_processes,
+            "seconds": round(seconds),
+            "environment": environment(),
+        }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
         draft.replace(target)
         shutil.rmtree(work)
-        return seconds
 
     def start(self, work: Path, draft: Path) -> None:
         """Tokenizer, processor and random weights."""
         recipe = self.recipe.model
-        texts = [one for task in self.mixture("train").tasks for one in _texts(task)]
+        assert recipe.vocab_size is not None
+        texts = [text for task in self.mixture("start").tasks for text in _texts(task)]
         words = [*QUERY_INSTRUCTIONS.values(), *TARGET_INSTRUCTIONS.values()]
         tokenizer = train_tokenizer([*dict.fromkeys(texts), *words * 20], recipe.vocab_size)
         vision = InternVLVisionConfig(**recipe.vision)
@@ -171,7 +283,7 @@ class _Pipeline:
         model = InternVLVTCModel(config)
         if recipe.position_columns:
             structure_attention(model.vision_tower, position_columns=recipe.position_columns)
-        save_checkpoint(draft, model, processor, EmbedderSettings(text_max_tokens=recipe.text_max_tokens))
+        self._save(draft, model, processor)
 
     def teacher(self, work: Path, draft: Path) -> None:
         """The convolutional teacher."""
@@ -181,21 +293,22 @@ class _Pipeline:
         train_contrastive(
             teacher,
             encode=TeacherEncoder(self._pictures(self._processor("start")), stage.network),
-            mixture=self.mixture("train"),
-            validation=self._validation() if stage.loss.eval_every else [],
+            mixture=self.mixture("teacher"),
+            validation=self._validation("teacher") if stage.loss.eval_every else [],
             recipe=stage.loss,
             optimizer=stage.optimizer,
             folder=work,
             seed=self.recipe.seed,
         )
-        draft.mkdir(exist_ok=True)
-        save_file(teacher.state_dict(), draft / "teacher.safetensors")
+        if self.state.is_main_process:
+            draft.mkdir(exist_ok=True)
+            save_file(teacher.state_dict(), draft / "teacher.safetensors")
 
     def tower(self, work: Path, draft: Path) -> None:
         """The model whose tower has imitated the teacher."""
         stage = self.recipe.tower
         assert stage is not None
-        model, processor = self._backbone("start")
+        model, processor = self._backbone("tower")
         imitate(
             model.vision_tower,
             self._teacher(),
@@ -206,24 +319,46 @@ class _Pipeline:
             folder=work,
             seed=self.recipe.seed,
         )
-        save_checkpoint(draft, model, processor, load_settings(self.folder / "start"))
+        self._save(draft, model, processor)
 
-    def contrast(self, work: Path, draft: Path) -> None:
-        """The embedder."""
-        stage = self.recipe.contrast
-        before = "tower" if self.recipe.tower else "start"
-        model, processor = self._backbone(before)
-        settings = load_settings(self.folder / before)
+    def restore(self, work: Path, draft: Path) -> None:
+        """Stage 1: the trunk, with its language head."""
+        stage = self.recipe.restore
+        assert stage is not None
+        model, processor = self._backbone("restore", language_head=True)
+        split = self.recipe.validation if stage.loss.eval_every else None
+        train_restore(
+            model,
+            processor,
+            sources=[self._source(one, "train") for one in stage.data],
+            validation=[self._source(one, split) for one in stage.data if one.file is None] if split else [],
+            weights=[one.weight for one in stage.data],
+            recipe=stage.loss,
+            optimizer=stage.optimizer,
+            folder=work,
+            seed=self.recipe.seed,
+        )
+        self._save(draft, model, processor, language_head=True)
+
+    def _contrast(self, work: Path, draft: Path, name: str) -> None:
+        """The embedder of a contrastive stage."""
+        stage = self.recipe.contrast[name]
+        # weights that do not change need no more precision than they are used with
+        frozen = stage.lora is not None and stage.optimizer.bf16
+        model, processor = self._backbone(name, dtype=torch.bfloat16 if frozen else torch.float32)
+        if stage.lora is not None:
+            add_lora(model, stage.lora, seed=self.recipe.seed)
         pictures = self._pictures(processor)
         teacher, teacher_encoder = None, None
         if stage.teacher_weight:
             assert self.recipe.teacher is not None
             teacher, teacher_encoder = self._teacher(), TeacherEncoder(pictures, self.recipe.teacher.network)
+        formatter = InputFormatter(processor, self._settings(name))
         train_contrastive(
-            PromptEmbedder(model),
-            encode=PromptEncoder(InputFormatter(processor, settings), pictures, teacher_encoder),
-            mixture=self.mixture("train", stage.weights),
-            validation=self._validation() if stage.loss.eval_every else [],
+            PromptEmbedder(model, shared_prefix=not stage.optimizer.gradient_checkpointing),
+            encode=PromptEncoder(formatter, pictures, teacher_encoder),
+            mixture=self.mixture(name),
+            validation=self._validation(name) if stage.loss.eval_every else [],
             recipe=stage.loss,
             optimizer=stage.optimizer,
             folder=work,
@@ -231,43 +366,137 @@ class _Pipeline:
             teacher=teacher,
             teacher_weight=stage.teacher_weight,
         )
-        manifest = {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(), "environment": environment()}
-        save_checkpoint(draft, model, processor, settings, dtype=torch.bfloat16, manifest=manifest)
+        keep = stage.lora is not None and stage.lora.keep
+        if stage.lora is not None and not keep:
+            merge_lora(model)
+        last = name == self.recipe.stages[-1]
+        self._save(draft, model, processor, dtype=torch.bfloat16 if last else None, adapter=keep)
 
-    def mixture(self, split: str, weights: Mapping[str, float] | None = None) -> TaskMixture:
-        """The recipe's tasks of one split. weights: of a stage, by ``dataset/task``; they replace the recipe's."""
-        names = [f"{one.dataset}/{one.task}" for one in self.recipe.mixture]
-        tasks = [self._task(one, split) for one in self.recipe.mixture]
-        replaced = weights or {}
-        shares = [replaced.get(name, one.weight) for name, one in zip(names, self.recipe.mixture, strict=True)]
+    def mine(self, work: Path, draft: Path) -> None:
+        """Hard negatives out of all candidates of each task."""
+        self._retrieve("mine", self.recipe.mine, work, draft)
+
+    def retrieve(self, work: Path, draft: Path) -> None:
+        """What the model of stage 2 finds first, for the judge."""
+        self._retrieve("retrieve", self.recipe.retrieve, work, draft)
+
+    def _retrieve(self, stage: str, recipe: MineRecipe | None, work: Path, draft: Path) -> None:
+        assert recipe is not None
+        embedder = Embedder(self._before(stage))
+        tasks = self._distinct_tasks(stage)
+        mine(embedder, tasks, draft, recipe, seed=self.recipe.seed, cache=work / "embeddings", show_progress=True)
+
+    def judge(self, work: Path, draft: Path) -> None:
+        """What was retrieved, told apart into relevant and not."""
+        assert self.recipe.judge is not None
+        if self.state.is_main_process:  # the other processes have nothing to add to one server
+            tasks = self._distinct_tasks("judge")
+            judge(
+                tasks,
+                self.folder / "retrieve",
+                draft,
+                self.recipe.judge,
+                api_key=os.environ.get("OPENAI_API_KEY"),
+                show_progress=True,
+            )
+
+    def mixture(self, stage: str) -> TaskMixture:
+        """The training tasks of a stage, with the negatives that the stages before found for it."""
+        entries = self.recipe.tasks(stage)
+        one = self.recipe.contrast.get(stage)
+        shares = [one.weights.get(task.label, task.weight) if one else task.weight for task in entries]
+        tasks = [_where(self._with_found(stage, self._task(task, "train")), task) for task in entries]
         return TaskMixture(tasks=tasks, weights=shares)
 
-    def _validation(self) -> list[RetrievalTask]:
+    def _with_found(self, stage: str, task: RetrievalTask) -> RetrievalTask:
+        """The task with mined or judged negatives, if the stage has any."""
+        one = self.recipe.contrast.get(stage)
+        if one is None or not one.loss.num_negatives:
+            return task
+        negatives: dict[str, list[str]]
+        relevant: dict[str, list[str]] = {}
+        if stage == "hard_negatives":
+            negatives = read_mined(self.folder / "mine", task)
+        elif stage == "finetune" and self.recipe.judge is not None:
+            negatives, relevant = read_judged(self.folder / "judge", task)
+        elif stage == "finetune" and self.recipe.retrieve is not None:
+            negatives = read_mined(self.folder / "retrieve", task)
+        else:
+            return task
+        if one.fill_from_mined:
+            spare, wanted = read_mined(self.folder / "mine", task), one.loss.num_negatives
+            for qid in (query.qid for query in task.queries):
+                known = {*negatives.get(qid, ()), *relevant.get(qid, ())}
+                more = [did for did in spare.get(qid, ()) if did not in known]
+                negatives[qid] = [*negatives.get(qid, ()), *more[: max(0, wanted - len(negatives.get(qid, ())))]]
+        return with_negatives(task, negatives, also_relevant=relevant, keep_labelled=one.keep_labelled)
+
+    def _validation(self, stage: str) -> list[RetrievalTask]:
         """Each task once, though the mixture may name it twice: as it is named first."""
         tasks: dict[str, RetrievalTask] = {}
-        for task in self.mixture(self.recipe.validation).tasks:
+        for one in self.recipe.tasks(stage) if self.recipe.validation else ():
+            task = _where(self._task(one, str(self.recipe.validation)), one)
             tasks.setdefault(task.label, task)
         return list(tasks.values())
 
+    def _distinct_tasks(self, stage: str) -> list[RetrievalTask]:
+        """The training tasks of a stage, each once, with every query that an entry of the mixture wants."""
+        tasks: dict[str, RetrievalTask] = {}
+        for one in self.recipe.tasks(stage):
+            wanted = _where(self._task(one, "train"), one)
+            if one.label in tasks:
+                queries = {query.qid: query for query in (*tasks[one.label].queries, *wanted.queries)}
+                wanted = replace(wanted, queries=list(queries.values()))
+            tasks[one.label] = wanted
+        return list(tasks.values())
+
     def _task(self, one: TaskRecipe, split: str) -> RetrievalTask:
-        key = (one.dataset, one.task, split)
+        key = (one.dataset, one.task, split, one.max_tiles, one.registry)
         if key not in self._tasks:
-            self._tasks[key] = with_instructions(RetrievalDataset(self.data / one.dataset).load(one.task, split))
-        task = self._tasks[key]
-        if not one.where:
-            return task
-        chosen = [q for q in task.queries if all(q.fields.get(name) == value for name, value in one.where.items())]
-        if not chosen:
-            raise DatasetError(f"{task.label} has no query with {dict(one.where)}, which the recipe asks for.")
-        return replace(task, queries=chosen)
+            task = RetrievalDataset(self.data / one.dataset).load(one.task, split)
+            query, document = one.instructions
+            task = with_instructions(task, query=query, document=document)
+            self._tasks[key] = task if one.max_tiles is None else _with_tiles(task, one.max_tiles)
+        return self._tasks[key]
+
+    def _source(self, one: SourceRecipe, split: str) -> Conversations:
+        if one.file is not None:
+            return load_conversations(self.data / one.file)
+        task = TaskRecipe(dataset=str(one.dataset), task=str(one.task), where=one.where)
+        return from_task(_where(self._task(task, split), task), question=one.question)
+
+    def _before(self, stage: str) -> Path:
+        """The folder of the model that a stage begins with."""
+        if models := self._models(stage):
+            return self.folder / models[-1]
+        assert self.recipe.model.checkpoint is not None
+        return resolve_checkpoint(self.recipe.model.checkpoint)
+
+    def _settings(self, stage: str) -> EmbedderSettings:
+        model = self.recipe.model
+        before = EmbedderSettings() if stage == "start" else load_settings(self._before(stage))
+        return replace(before, text_max_tokens=model.text_max_tokens, system_prompt=model.system_prompt)
 
     def _processor(self, stage: str) -> InternVLVTCProcessor:
         return InternVLVTCProcessor.from_pretrained(self.folder / stage)
 
-    def _backbone(self, stage: str) -> tuple[Any, InternVLVTCProcessor]:
-        model, processor = load_backbone(self.folder / stage)
+    def _backbone(
+        self, stage: str, *, dtype: torch.dtype = torch.float32, language_head: bool = False
+    ) -> tuple[Any, InternVLVTCProcessor]:
+        model, processor = load_backbone(
+            self._before(stage),
+            visual_token_compression=self.recipe.model.visual_token_compression,
+            dtype=dtype,
+            language_head=language_head,
+        )
         model.set_attn_implementation(self.recipe.model.attn_implementation)
         return model, processor
+
+    def _save(self, draft: Path, model: Any, processor: InternVLVTCProcessor, **options: Any) -> None:
+        if self.state.is_main_process:
+            stage = draft.parent.name.removesuffix(".running")
+            manifest = {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(stage)} | environment()
+            save_checkpoint(draft, model, processor, self._settings(stage), manifest=manifest, **options)
 
     def _pictures(self, processor: InternVLVTCProcessor) -> Pictures:
         return Pictures(processor.image_processor, self.recipe.augment)
@@ -280,11 +509,35 @@ class _Pipeline:
 
     def _distinct_pictures(self) -> list[tuple[Any, int]]:
         seen: dict[tuple[Any, int], None] = {}
-        for task in self.mixture("train").tasks:
+        for task in self.mixture("tower").tasks:
             for one in (*task.queries, *task.candidates):
                 seen.update(dict.fromkeys((source, one.item.max_tiles or 1) for source in one.item.images))
         return list(seen)
 
 
+def _with_tiles(task: RetrievalTask, max_tiles: int) -> RetrievalTask:
+    """The task with so many tiles at most for each of its pictures."""
+    return replace(
+        task,
+        queries=[replace(one, item=replace(one.item, max_tiles=max_tiles)) for one in task.queries],
+        candidates=[replace(one, item=replace(one.item, max_tiles=max_tiles)) for one in task.candidates],
+    )
+
+
+def _where(task: RetrievalTask, one: TaskRecipe) -> RetrievalTask:
+    """The task with the queries that the recipe wants of it."""
+    if not one.where:
+        return task
+    chosen = [q for q in task.queries if all(q.fields.get(name) == value for name, value in one.where.items())]
+    if not chosen:
+        raise DatasetError(f"{task.label} has no query with {dict(one.where)}, which the recipe asks for.")
+    return replace(task, queries=chosen)
+
+
 def _texts(task: RetrievalTask) -> list[str]:
     return [one.item.text for one in (*task.queries, *task.candidates) if one.item.text]
+
+
+def _plain(recipe: Recipe) -> Any:
+    """The recipe as lists and dictionaries only, which YAML can say."""
+    return json.loads(json.dumps(asdict(recipe)))

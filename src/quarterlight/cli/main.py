@@ -18,16 +18,24 @@ COMMANDS = {
     "search": ("quarterlight.cli.search:search", "Search an index with words, with a picture, or with both."),
     "demo": ("quarterlight.cli.demo:demo", "Index and search the example files; write demo.html."),
     "train": ("quarterlight.cli.train:train", "Train a model by a recipe."),
+    "mine": ("quarterlight.cli.mine:mine", "Find hard negatives for the queries of datasets."),
+    "judge": ("quarterlight.cli.judge:judge", "Tell retrieved candidates apart into relevant and not."),
+    "data": {
+        "convert": ("quarterlight.cli.data:convert", "Turn usual layouts into conversations, without duplicates."),
+        "check": ("quarterlight.cli.data:check", "List what is wrong with conversations or retrieval datasets."),
+    },
     "evaluate": ("quarterlight.cli.evaluate:evaluate", "Measure how well a model retrieves on datasets."),
     "bench": {
         "index": ("quarterlight.cli.bench_index:bench_index", "Speed and memory of indexing."),
         "search": ("quarterlight.cli.bench_search:bench_search", "Latency and recall of searching."),
+        "mine": ("quarterlight.cli.bench_mine:bench_mine", "Time and memory of exact nearest neighbours."),
+        "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),
         "vtc": ("quarterlight.cli.bench_vtc:bench_vtc", "Visual token compression against none, by model shape."),
     },
 }
 """Name -> (``module:function``, summary), or a group of them.  The function is what typer makes a command of."""
 
-GROUP_HELP = {"bench": "Measure speed and memory."}
+GROUP_HELP = {"bench": "Measure speed and memory.", "data": "Convert and check training data."}
 
 HELP = """Universal multimodal retrieval: find pictures and document pages with words, pictures, or both.
 

@@ -1,0 +1,5 @@
+"""``python -m quarterlight``, for launchers such as torchrun."""
+
+from quarterlight.cli.main import main
+
+main()

@@ -1,0 +1,413 @@
+"""Recipes: YAML files parsed into frozen dataclasses, in which a misspelt key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import InternVLVisionConfig, Qwen2Config
+
+from quarterlight.data.registry import find
+from quarterlight.errors import InputError, RecipeError, did_you_mean
+from quarterlight.mining.judge import JudgeRecipe
+from quarterlight.mining.negatives import MineRecipe
+from quarterlight.training.augment import AugmentRecipe
+from quarterlight.training.contrast import ContrastRecipe
+from quarterlight.training.lora import LoraRecipe
+from quarterlight.training.optimizer import OptimizerRecipe
+from quarterlight.training.restore import RestoreRecipe
+from quarterlight.training.teacher import TeacherRecipe
+from quarterlight.training.tower import TowerRecipe
+
+STAGES = (
+    "start",
+    "teacher",
+    "tower",
+    "restore",
+    "warmup",
+    "mine",
+    "hard_negatives",
+    "retrieve",
+    "judge",
+    "finetune",
+)
+"""The stages in the order in which they run.
+
+``start`` makes a model of random weights, ``teacher`` and ``tower`` stand in for its pretraining.  In the paper,
+``restore`` is stage 1, ``warmup`` to ``hard_negatives`` are stage 2, ``retrieve`` to ``finetune`` are stage 3.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecipe:
+    """One entry of a mixture."""
+
+    dataset: str
+    """name of a folder below the data directory"""
+    task: str
+    """direction, such as t2i"""
+    weight: float = 1.0
+    """share of the batches, relative to the other entries"""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """only queries whose fields have these values, such as lang: en"""
+    max_tiles: int | None = None
+    """tiles of a picture at most; without it, 4 for the pages of a dataset that has a task t2vd, 1 for pictures"""
+    registry: str | None = None
+    """name of the published dataset in ``quarterlight.data.registry``"""
+    samples: int | None = None
+    """how many queries it has, for planning before the data is there"""
+
+    def __post_init__(self) -> None:
+        _check_entry(self.registry, self.weight)
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise RecipeError(f"max_tiles must be at least 1, got {self.max_tiles}.")
+
+    @property
+    def label(self) -> str:
+        """``dataset/task``."""
+        return f"{self.dataset}/{self.task}"
+
+    @property
+    def instructions(self) -> tuple[str | None, str | None]:
+        """(query, candidate) as in the paper's Tables 11 and 12 for the published dataset; ``None`` for the usual."""
+        for entry in find(self.registry) if self.registry else ():
+            if entry.task == self.task and entry.instructions is not None:
+                return entry.instructions
+        return None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecipe:
+    """One entry of the data of ``restore``: a file of conversations, or the rows of a retrieval task as questions."""
+
+    file: str | None = None
+    """JSONL of conversations, relative to the data directory"""
+    dataset: str | None = None
+    """folder of a retrieval dataset, in place of ``file``"""
+    task: str | None = None
+    """one of its tasks, i2t or it2t"""
+    question: str = "What does the picture show?"
+    """what is asked of a row that has no words of its own"""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """only queries whose fields have these values"""
+    weight: float = 1.0
+    """share of the conversations drawn, relative to the other entries"""
+    registry: str | None = None
+    """name of the published dataset in ``quarterlight.data.registry``"""
+    samples: int | None = None
+    """how many conversations it has, for planning before the data is there"""
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.dataset is None) or (self.dataset is None) != (self.task is None):
+            raise RecipeError(
+                f"An entry of restore.data names either a file, or a dataset and its task; got file={self.file!r}, "
+                f"dataset={self.dataset!r}, task={self.task!r}."
+            )
+        _check_entry(self.registry, self.weight)
+
+    @property
+    def label(self) -> str:
+        """The file, or ``dataset/task``."""
+        return self.file or f"{self.dataset}/{self.task}"
+
+
+def _check_entry(registry: str | None, weight: float) -> None:
+    if weight <= 0:
+        raise RecipeError(f"The weight of a dataset must be above 0, got {weight}.")
+    if registry is not None:
+        try:
+            find(registry)
+        except InputError as error:
+            raise RecipeError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What is trained: a checkpoint, or a new model of the InternVL3-VTC architecture from random weights."""
+
+    checkpoint: str | None = None
+    """folder or hub id, such as OpenGVLab/InternVL3-2B-hf; without it, the three below say what is made"""
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    """settings of transformers' InternVLVisionConfig"""
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """settings of transformers' Qwen2Config"""
+    vocab_size: int | None = None
+    """entries of the tokenizer, which is trained on the texts of the mixture"""
+    visual_token_compression: int = 2
+    """s of the paper"""
+    text_max_tokens: int = 512
+    """tokens of an item's text above which its end is cut off, in training and in the checkpoint"""
+    attn_implementation: str = "sdpa"
+    """of training only; on CPUs the backward pass of fused attention costs more than everything else together"""
+    position_columns: int = 0
+    """columns of a new tower that start as positions, for structured attention; 0 starts it at random"""
+    system_prompt: str = ""
+    """a system turn before the user's, saved with the checkpoint"""
+
+    def __post_init__(self) -> None:
+        new = {"vision": self.vision, "text": self.text, "vocab_size": self.vocab_size}
+        given = [name for name, value in new.items() if value]
+        if self.checkpoint is not None and given:
+            raise RecipeError(f"model.checkpoint brings its own sizes, so model.{given[0]} cannot be given beside it.")
+        if self.checkpoint is None and len(given) < len(new):
+            lacking = next(name for name in new if name not in given)
+            raise RecipeError(f"model needs checkpoint, or all of vision, text and vocab_size; it lacks {lacking!r}.")
+        # transformers takes any key and ignores those it does not know
+        for name, kind in {"vision": InternVLVisionConfig, "text": Qwen2Config}.items():
+            known = {one.name for one in dataclasses.fields(kind)} - {"vocab_size"}
+            for key in getattr(self, name):
+                if key not in known:
+                    raise RecipeError(f"model.{name} has an unknown key {key!r}. {did_you_mean(key, known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStage:
+    """Trains the convolutional teacher on the mixture."""
+
+    optimizer: OptimizerRecipe
+    loss: ContrastRecipe = ContrastRecipe()
+    network: TeacherRecipe = TeacherRecipe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerStage:
+    """The vision tower imitates the teacher on all pictures of the mixture."""
+
+    optimizer: OptimizerRecipe
+    imitation: TowerRecipe = TowerRecipe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreStage:
+    """Stage 1 of the paper: next-token prediction on conversations, all weights."""
+
+    optimizer: OptimizerRecipe
+    loss: RestoreRecipe = RestoreRecipe()
+    data: Sequence[SourceRecipe]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastStage:
+    """Contrastive training of the model that the stage before left."""
+
+    optimizer: OptimizerRecipe
+    loss: ContrastRecipe = ContrastRecipe()
+    lora: LoraRecipe | None = None
+    """trains adapters of the language model; without it, all weights are trained"""
+    keep_labelled: bool = False
+    """mined negatives come beside the labelled ones of the dataset, rather than in their place"""
+    fill_from_mined: bool = False
+    """a query with fewer judged negatives than ``loss.num_negatives`` gets mined ones; ``loss.fill`` repeats instead"""
+    teacher_weight: float = 0.0
+    """of 1 - cosine to the teacher's embedding of the same item, at the first step; falls linearly to zero"""
+    mixture: Sequence[TaskRecipe] | None = None
+    """of this stage, in place of that of the recipe"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """dataset/task -> weight in this stage, in place of that in the mixture"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run: what is trained, on what, in which stages."""
+
+    name: str
+    """of the checkpoint, for people"""
+    seed: int = 0
+    """of weights, order, augmentation"""
+    devices: int = 1
+    """that the batch sizes are meant for: a batch is so many times the batch of a device"""
+    model: ModelRecipe
+    mixture: Sequence[TaskRecipe]
+    """the training tasks, of which the split ``train`` is used"""
+    validation: str | None = "val"
+    """split of the same tasks that is measured during training; none without one"""
+    augment: AugmentRecipe | None = None
+    """random changes of pictures; none without it"""
+    teacher: TeacherStage | None = None
+    tower: TowerStage | None = None
+    restore: RestoreStage | None = None
+    warmup: ContrastStage
+    mine: MineRecipe | None = None
+    hard_negatives: ContrastStage | None = None
+    retrieve: MineRecipe | None = None
+    judge: JudgeRecipe | None = None
+    finetune: ContrastStage | None = None
+    """with the negatives of ``judge``; without that stage, all that ``retrieve`` found (rule-based ones, Table 8)"""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise RecipeError(f"devices must be at least 1, got {self.devices}.")
+        guided = self.tower is not None or any(one.teacher_weight for one in self.contrast.values())
+        if self.teacher is None and guided:
+            raise RecipeError("The recipe has no teacher stage, which its tower or a teacher_weight asks for.")
+        for needed, by in {"mine": "hard_negatives", "retrieve": "judge"}.items():
+            if getattr(self, by) is not None and getattr(self, needed) is None:
+                raise RecipeError(f"The recipe has no stage {needed}, which its stage {by} asks for.")
+        for stage, one in self.contrast.items():
+            names = [task.label for task in self.tasks(stage)]
+            for name in one.weights:
+                if names.count(name) != 1:
+                    trouble = "names more than once" if name in names else "does not name"
+                    raise RecipeError(
+                        f"{stage}.weights has {name!r}, which its mixture {trouble}. {did_you_mean(name, set(names))}"
+                    )
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the recipe has, in order."""
+        new = self.model.checkpoint is None
+        return [one for one in STAGES if (new if one == "start" else getattr(self, one) is not None)]
+
+    @property
+    def contrast(self) -> dict[str, ContrastStage]:
+        """The contrastive stages that the recipe has, by name, in order."""
+        stages = {name: getattr(self, name) for name in ("warmup", "hard_negatives", "finetune")}
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+    def tasks(self, stage: str) -> Sequence[TaskRecipe]:
+        """The mixture of a stage: its own, or that of the recipe.
+
+        Mining and judging look at the tasks of the contrastive stage that uses them.
+        """
+        user = {"mine": "hard_negatives", "retrieve": "finetune", "judge": "finetune"}.get(stage, stage)
+        one = self.contrast.get(user)
+        return self.mixture if one is None or one.mixture is None else one.mixture
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, with overrides such as ``warmup.loss.temperature=0.05`` put in.
+
+    A file may name another beside it, ``base: other.yaml``, and give only what is different: mappings are put over
+    those of the base key by key, lists and single values replace them.
+    Raises RecipeError naming the key for an unknown key, a value of the wrong type, or a missing one.
+    """
+    values = _read(path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"--set takes path.to.key=value, got {override!r}.")
+        *parents, last = key.strip().split(".")
+        level = values
+        for parent in parents:
+            level = _child(level, parent, key)
+        if isinstance(level, list):
+            level[_position(level, last, key)] = _load_yaml(value, f"--set {key}")
+        else:
+            level[last] = _load_yaml(value, f"--set {key}")
+    return parse(Recipe, values, where=path.name)
+
+
+def _read(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """The values of a file, over those of its base. above: the files that have this one as their base."""
+    try:
+        values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise RecipeError(f"{path} is no recipe ({reason}): give a YAML file such as recipes/nano.yaml.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must be a mapping of keys to values, got {values!r}.")
+    if "base" not in values:
+        return values
+    base = path.parent / str(values.pop("base"))
+    if base in (*above, path):
+        raise RecipeError(f"{path} has {base.name} as its base, which is itself made from it.")
+    return _over(_read(base, (*above, path)), values)
+
+
+def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    both = [key for key, value in values.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
+    return base | values | {key: _over(base[key], values[key]) for key in both}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number (1e-3 is one), and no key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {error}") from error
+
+
+def _child(level: Any, name: str, key: str) -> Any:
+    if isinstance(level, list):
+        return level[_position(level, name, key)]
+    if level.get(name) is None:
+        level[name] = {}
+    if not isinstance(level[name], dict | list):
+        raise RecipeError(f"--set {key}: {name} holds a single value, so nothing can be set below it.")
+    return level[name]
+
+
+def _position(level: list[Any], name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(level):
+        raise RecipeError(f"--set {key}: {name!r} is not a position in a list of {len(level)} entries.")
+    return int(name)
+
+
+_T = TypeVar("_T")
+
+
+def parse(kind: type[_T], values: Any, *, where: str) -> _T:
+    """The dataclass ``kind`` from plain YAML values. Raises RecipeError, naming the key after ``where``."""
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where} must be a mapping of keys to values, got {values!r}.")
+    hints = typing.get_type_hints(kind)
+    fields = {one.name: one for one in dataclasses.fields(typing.cast(Any, kind))}
+    for key in values:
+        if key not in fields:
+            raise RecipeError(f"{where} has an unknown key {key!r}. {did_you_mean(str(key), fields)}")
+    for name, one in fields.items():
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise RecipeError(f"{where} lacks the key {name!r}.")
+    return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(one for one in arguments if one is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise RecipeError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}.")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, where=where)
+    if origin in (Sequence, tuple):
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{where} must be a list, got {value!r}.")
+        return tuple(_convert(arguments[0], one, f"{where}[{n}]") for n, one in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{where} must be a mapping, got {value!r}.")
+        return {key: _convert(arguments[1], one, f"{where}.{key}") for key, one in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise RecipeError(f"{where} must be of type {hint.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,34 @@
+"""``quarterlight train --dry-run``: the plan as it is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from quarterlight.cli import console
+from quarterlight.cli.main import program
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "magic_mm_2b.yaml"
+
+
+def test_the_plan_stands_beside_the_papers_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "width", 140)
+    result = CliRunner().invoke(program(), ["train", str(RECIPE), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "warmup 16.6M (16M) 6,144 5,406 1.25M 805K 18.5M 33 22h56m (22h57m)" in rows
+    assert any(row.startswith("hard_negatives 16.6M (16M) 3,072 10,812 ") for row in rows)
+    assert any(row.startswith("finetune 1.55M (1.5M) 576 5,376 ") for row in rows)
+    assert "Utilisation: 8.4%" in result.stdout and "calibrated on Table 9" in result.stdout
+    assert "meant for" not in result.stdout
+
+
+def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "width", 140)
+    command = ["train", str(RECIPE), "--dry-run", "--device", "L20", "--devices", "8"]
+    result = CliRunner().invoke(program(), [*command, "--set", "restore=null"])
+    assert result.exit_code == 0, result.output
+    assert "on 8 L20" in result.stdout and "8 x 119.5 TFLOP/s" in result.stdout
+    assert "meant for 48 devices, not 8" in result.stdout

@@ -1,0 +1,225 @@
+"""The whole pipeline on the fixture: stages run, finished ones are skipped, a stopped run ends as if never stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.models.embedder import Embedder
+from quarterlight.pipeline import _Pipeline, run
+from quarterlight.recipe import STAGES, Recipe, parse
+from quarterlight.training.optimizer import last_checkpoint
+
+DATA = Path(__file__).parent / "fixtures" / "retrieval"
+STEPS = {"num_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "save_every": 2, "log_every": 2, "num_workers": 0}
+
+
+def values() -> dict[str, Any]:
+    """Every stage in four steps, on a model of two narrow layers."""
+    contrast = {"optimizer": STEPS, "loss": {"batch_size": 8, "eval_every": 2, "symmetric": True}}
+    negatives = {**contrast["loss"], "num_negatives": 2}
+    return {
+        "name": "tiny",
+        "model": {
+            "vocab_size": 400,
+            "position_columns": 16,
+            "attn_implementation": "eager",
+            "vision": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "image_size": 64,
+                "patch_size": 8,
+                "layer_scale_init_value": 1.0,
+            },
+            "text": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "intermediate_size": 64,
+                "tie_word_embeddings": True,
+            },
+        },
+        "augment": {},
+        "validation": "test",
+        "mixture": [
+            {"dataset": "emoji", "task": "t2i", "weight": 1.0, "where": {"lang": "en"}},
+            {"dataset": "easy_vqa", "task": "it2t", "weight": 1.0},
+        ],
+        "teacher": {
+            "optimizer": STEPS,
+            "loss": {"batch_size": 8, "eval_every": 4},
+            "network": {"channels": [8, 8, 8], "embedding_size": 32, "num_ngrams": 64},
+        },
+        "tower": {"optimizer": STEPS, "imitation": {"batch_size": 4, "middle_layer": 1}},
+        "restore": {
+            "optimizer": STEPS,
+            "loss": {"max_tokens": 128, "max_tiles": 1, "eval_every": 2},
+            "data": [{"dataset": "emoji", "task": "i2t"}, {"dataset": "easy_vqa", "task": "it2t"}],
+        },
+        "warmup": {**contrast, "teacher_weight": 1.0},
+        "mine": {"depth": 20, "window": [2, 10], "sample": 3},
+        "hard_negatives": {**contrast, "loss": negatives},
+        "retrieve": {"depth": 6, "window": [1, 6], "sample": None},
+        "judge": {"backend": "labels"},
+        "finetune": {**contrast, "loss": negatives, "lora": {"rank": 4, "alpha": 8}, "fill_from_mined": True},
+    }
+
+
+def recipe(**changes: object) -> Recipe:
+    return parse(Recipe, values() | changes, where="test")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run(recipe(), DATA, folder, report=lambda _: None)
+    return folder
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    expected, got = (load_file(folder / "finetune" / "model.safetensors") for folder in (one, other))
+    return all((expected[name] == got[name]).all() for name in expected)
+
+
+def test_the_result_embeds(finished: Path) -> None:
+    embedder = Embedder(finished / "finetune")
+    vectors = embedder.encode_query(["a red apple", "a green pear"])
+    assert vectors.shape == (2, 32)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_every_stage_leaves_what_it_was_made_from(finished: Path) -> None:
+    for stage in STAGES:
+        manifest = json.loads((finished / stage / "manifest.json").read_text())
+        assert manifest["stage"] == stage and len(manifest["inputs_sha256"]) == 2
+        assert (finished / stage / "recipe.yaml").is_file()
+    reads = {stage: set(json.loads((finished / stage / "manifest.json").read_text())["reads"]) for stage in STAGES}
+    assert reads["restore"] == {"tower"}
+    assert reads["warmup"] == {"restore", "teacher"}
+    assert reads["hard_negatives"] == {"warmup", "mine"}
+    assert reads["judge"] == {"retrieve"}
+    assert reads["finetune"] == {"hard_negatives", "judge", "mine"}
+    assert "finetune" in (finished / "report.md").read_text()
+    assert not list(finished.glob("*.running"))
+
+
+def test_finished_stages_are_not_run_again(finished: Path) -> None:
+    said: list[str] = []
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
+    run(recipe(), DATA, finished, report=said.append)
+    assert said == [f"{stage}: finished before" for stage in STAGES]
+    assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
+
+
+def _run_in_child(folder: Path) -> None:
+    run(recipe(), DATA, folder, report=lambda _: None)
+
+
+def test_a_killed_run_ends_as_if_never_killed(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL at five random moments of the run, whatever it is doing then."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["quarterlight.pipeline"])
+    whole = sum(json.loads((finished / one / "manifest.json").read_text())["seconds"] for one in STAGES)
+    clock, kills = random.Random(0), 0
+    while kills < 5:
+        child = context.Process(target=_run_in_child, args=(tmp_path,))
+        child.start()
+        child.join(clock.uniform(0.1, 0.4) * max(whole, 5))
+        if not child.is_alive():
+            assert child.exitcode == 0
+            shutil.rmtree(tmp_path)  # it was faster than the clock: begin again
+            continue
+        child.kill()
+        child.join()
+        kills += 1
+    run(recipe(), DATA, tmp_path, report=lambda _: None)
+    assert same_weights(finished, tmp_path)
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_resumed(finished: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_stage_is_due_again_when_what_it_depends_on_changes(finished: Path, tmp_path: Path) -> None:
+    def due(new: Recipe, data: Path = DATA) -> list[str]:
+        pipeline = _Pipeline(new, data, finished)
+        return [stage for stage in STAGES if not pipeline.finished(stage)]
+
+    def warmup(**loss: float) -> Recipe:
+        before = recipe()
+        return replace(before, warmup=replace(before.warmup, loss=replace(before.warmup.loss, **loss)))
+
+    assert due(recipe()) == []
+    assert due(warmup(temperature=0.1)) == ["warmup"]  # and the later ones once it has been run
+    assert due(warmup(eval_every=1)) == []
+    assert due(recipe(seed=1)) == list(STAGES)
+    other = tmp_path / "data"
+    shutil.copytree(DATA, other)
+    queries = other / "emoji" / "queries" / "t2i.train.jsonl"
+    queries.write_bytes(queries.read_bytes() + b"\n")
+    assert due(recipe(), other) == [stage for stage in STAGES if stage != "restore"]
+
+
+def test_stages_can_be_run_one_by_one(finished: Path, tmp_path: Path) -> None:
+    for stage in ("start", "teacher", "tower", "restore", "warmup"):
+        shutil.copytree(finished / stage, tmp_path / stage)
+    said: list[str] = []
+    other = recipe(mine={"depth": 5, "window": [1, 5], "sample": None}, validation=None)
+    folder = run(other, DATA, tmp_path, first="mine", last="hard_negatives", report=said.append)
+    assert folder == tmp_path / "hard_negatives"
+    assert said[4:6] == ["warmup: taken as it is", "mine: running"]
+    assert not (tmp_path / "retrieve").exists()
+    said.clear()
+    run(recipe(seed=3), DATA, tmp_path, first="retrieve", last="retrieve", report=said.append)
+    assert said[0] == "start: taken as it is"
+    assert sorted(one.name for one in tmp_path.iterdir() if one.is_dir())[-2:] == ["tower", "warmup"]
+
+
+def test_training_can_begin_with_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    short = values()
+    short = {key: short[key] for key in ("name", "mixture", "validation")}
+    model = {"checkpoint": str(finished / "restore"), "visual_token_compression": 1, "system_prompt": "Be brief."}
+    warmup = {"optimizer": STEPS, "loss": {"batch_size": 4}, "lora": {"rank": 2, "alpha": 4, "keep": True}}
+    folder = run(parse(Recipe, short | {"model": model, "warmup": warmup}, where="test"), DATA, tmp_path, report=print)
+    embedder = Embedder(folder)
+    assert embedder.model.config.visual_token_compression == 1
+    assert embedder.settings.system_prompt == "Be brief."
+    assert [one.name for one in tmp_path.iterdir() if one.is_dir()] == ["warmup"]
+
+
+def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
+    def fails(error: type[Exception], match: str, new: Recipe, out: Path = tmp_path, **span: str) -> None:
+        with pytest.raises(error, match=match):
+            run(new, DATA, out, **span, report=lambda _: None)
+
+    fails(RecipeError, "no stage 'towr'", recipe(), first="towr")
+    fails(RecipeError, "nothing to run", recipe(), first="warmup", last="teacher")
+    fails(RecipeError, "needs the stage start, which is not finished", recipe(), first="teacher")
+    nobody = [{"dataset": "emoji", "task": "t2i", "weight": 1.0, "where": {"lang": "tlh"}}]
+    fails(DatasetError, "no query with", recipe(mixture=nobody))
+    (tmp_path / "start.running" / "fingerprint").write_text("of another")
+    fails(RecipeError, "half a run of another recipe", recipe())
+    foreign = tmp_path / "foreign"
+    (foreign / "start").mkdir(parents=True)
+    fails(RecipeError, "not made by training", recipe(), out=foreign)
+    missing = values()["restore"] | {"data": [{"file": "nowhere.jsonl"}]}
+    fails(DatasetError, "nowhere.jsonl", recipe(restore=missing), out=finished)
