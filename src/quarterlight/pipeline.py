@@ -93,7 +93,7 @@ def run(
             ) from error
         report(f"{stage}: finished in {seconds / 60:.1f} minutes")
         if processes().is_main_process:
-            write_report(folder, [folder / one for one in recipe.stages if pipeline.manifest(one)])
+            write_report(folder, [folder / one for one in recipe.stages])
     return folder / chosen[-1]
 
 

@@ -16,7 +16,7 @@ from quarterlight.data.contrastive import TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
 from quarterlight.records import Item
-from quarterlight.training import contrast
+from quarterlight.training import trouble
 from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, train_contrastive
 from quarterlight.training.optimizer import OptimizerRecipe
 
@@ -120,7 +120,7 @@ def test_an_unreadable_picture_is_left_out_of_the_loss(
 def test_too_many_unreadable_pictures_stop_training(
     tiny_checkpoint: Path, task: RetrievalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contrast, "_PICTURES_BEFORE_STOPPING", 20)
+    monkeypatch.setattr(trouble, "_FIRST", 20)
     queries = [replace(one, item=Item(text="x", image=tmp_path / "gone.png")) for one in task.queries]
     one = trainer(tiny_checkpoint, replace(task, queries=queries), tmp_path / "run", max_unreadable=0.2)
     with pytest.raises(DatasetError, match=r"13 of the .* pictures .*gone\.png"):

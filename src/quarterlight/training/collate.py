@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from quarterlight.prompts import Role
 from quarterlight.records import ImageSource, Item
 from quarterlight.training.augment import AugmentRecipe, augment, draw
 from quarterlight.training.distributed import share
+from quarterlight.training.threads import InputThreads
 
 _PROMPTS_KEPT = 1 << 17
 _BYTES_KEPT = 1 << 30
@@ -320,14 +321,10 @@ class StepStream:
     def __init__(self, steps: ContrastiveSteps, start: int, stop: int, *, num_threads: int) -> None:
         self._stopped = threading.Event()
         self._ready: queue.Queue[Future[Any]] = queue.Queue(maxsize=max(2, num_threads))
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: InputThreads | None = None
         self._inline: Iterator[Future[Any]] | None = None
-        self._cores = torch.get_num_threads()
         if num_threads:
-            # As in a worker process, each works alone: teams of their own would only take the cores from the model.
-            # PyTorch keeps the number by thread, but a thread that has not used it yet takes what was set last.
-            torch.set_num_threads(self._cores)
-            self._pool = ThreadPoolExecutor(num_threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = InputThreads(num_threads)
             work = _work(steps, start, stop, self._pool.submit)
             threading.Thread(target=self._fill, args=(work,), name="prefetch", daemon=True).start()
         else:
@@ -345,8 +342,7 @@ class StepStream:
         """Stops working ahead."""
         self._stopped.set()
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._cores)
+            self._pool.close()
 
     def _next(self) -> Any:
         return (self._ready.get() if self._inline is None else next(self._inline)).result()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from transformers import Trainer
 
 from quarterlight.data.contrastive import BatchSampler, TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
 from quarterlight.metrics.ranking import hit, rank_embeddings
 from quarterlight.models.pooling import Attention, PoolingMode, embed
@@ -40,8 +39,7 @@ from quarterlight.training.collate import ContrastiveSteps, EncodedChunk, ItemEn
 from quarterlight.training.distributed import gather, gather_objects, largest, share, share_of, world_size
 from quarterlight.training.gradcache import GradCache
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
-
-_PICTURES_BEFORE_STOPPING = 200
+from quarterlight.training.trouble import PictureLog, stop_at
 
 
 class PromptEmbedder(nn.Module):
@@ -187,7 +185,7 @@ class ContrastiveTrainer(Trainer):
         self._stream: StepStream | None = None
         self._started = time.monotonic()
         self._waited = 0.0
-        self._num_pictures = self._num_unreadable = 0
+        self._pictures = PictureLog(self._folder, recipe.max_unreadable)
 
     @property
     def utilisation(self) -> float:
@@ -290,9 +288,8 @@ class ContrastiveTrainer(Trainer):
         if not (query.readable_R.all() and candidate.readable_R.all()):
             readable_C = candidate.readable_R[index_C]
             masks = {"row_mask_Q": query.readable_R & readable_C[:num_queries], "candidate_mask_C": readable_C}
-            self._note_unreadable(gather_objects(reasons))
-        self._num_pictures += plan.num_pictures
-        self._stop_if_unreadable()
+            reasons = gather_objects(reasons)
+        self._pictures.add(plan.num_pictures, reasons)
         self._check_width(rows.embedding_RD.shape[1])
         query_QD, candidate_UD = query.embedding_RD.requires_grad_(), candidate.embedding_RD.requires_grad_()
         loss = info_nce(
@@ -313,7 +310,8 @@ class ContrastiveTrainer(Trainer):
                 + _distance(candidate_UD, candidate.wanted_RE, candidate.readable_R)
             )
         if not torch.isfinite(loss):
-            self._stop_at(plan, loss.item())
+            qids, dids = plan.batch.ids
+            stop_at(self._folder, plan.step, loss.item(), qids=qids, dids=dids)
         gradient_QD, gradient_UD = torch.autograd.grad(loss, [query_QD, candidate_UD])
         return loss.detach(), torch.cat([share_of(gradient_QD), share_of(gradient_UD)])
 
@@ -323,47 +321,6 @@ class ContrastiveTrainer(Trainer):
                 f"dimensions must not be above the {width} columns of the model's embeddings, got "
                 f"{list(self.recipe.dimensions)}."
             )
-
-    def _stop_at(self, plan: StepPlan, loss: float) -> None:
-        file = self._folder / "nonfinite.json"
-        if self.is_world_process_zero():
-            batch = plan.batch
-            values = {
-                "step": plan.step,
-                "loss": str(loss),
-                "qids": [query.qid for query in batch.queries],
-                "dids": [candidate.did for candidate in batch.candidates],
-            }
-            draft = file.with_suffix(".tmp")
-            draft.write_text(json.dumps(values, indent=2), encoding="utf-8")
-            draft.replace(file)
-        raise RecipeError(
-            f"The loss became {loss} at step {plan.step}: look at the batch, whose ids are in {file}, or lower the "
-            "learning rate. The last checkpoint is kept."
-        )
-
-    def _note_unreadable(self, reasons: Sequence[str]) -> None:
-        """Counts unreadable pictures and adds each once to ``unreadable.txt``."""
-        self._num_unreadable += len(reasons)
-        if not self.is_world_process_zero():
-            return
-        file = self._folder / "unreadable.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+", encoding="utf-8") as stream:
-            stream.seek(0)
-            known = set(stream.read().splitlines())
-            stream.writelines(f"{reason}\n" for reason in dict.fromkeys(reasons) if reason not in known)
-
-    def _stop_if_unreadable(self) -> None:
-        seen, unreadable = self._num_pictures, self._num_unreadable
-        if seen < _PICTURES_BEFORE_STOPPING or unreadable <= self.recipe.max_unreadable * seen:
-            return
-        file = self._folder / "unreadable.txt"
-        example = file.read_text(encoding="utf-8").splitlines()[0] if file.is_file() else "(see the first process)"
-        raise DatasetError(
-            f"{unreadable} of the {seen} pictures seen so far could not be read, more than max_unreadable "
-            f"({self.recipe.max_unreadable}) allows: mend those listed in {file}, or raise it. For example: {example}"
-        )
 
     @contextlib.contextmanager
     def _unfinished(self, model: nn.Module) -> Iterator[None]:

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,8 +32,9 @@ from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalG
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.records import ImageSource, Item
 from quarterlight.training.collate import Pictures
-from quarterlight.training.distributed import rank, world_size
+from quarterlight.training.distributed import gather_objects, rank, world_size
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
+from quarterlight.training.threads import InputThreads
 from quarterlight.training.trouble import PictureLog, stop_at
 
 _GROUNDING = ("<ref>", "</ref>", "<box>", "</box>")  # InternVL's marks of phrases and boxes
@@ -279,8 +280,7 @@ class _Batches(Dataset[dict[str, Any]]):
         self._make = make
         self._total = total
         self._num_threads = num_threads
-        # a second team of threads would only take the cores from the model
-        self._pool = ThreadPoolExecutor(max(1, num_threads), "packs", torch.set_num_threads, (1,))
+        self._pool = InputThreads(max(1, num_threads))
         self._ahead: dict[int, Future[dict[str, Any]]] = {}
 
     def __len__(self) -> int:
@@ -297,7 +297,7 @@ class _Batches(Dataset[dict[str, Any]]):
 
     def close(self) -> None:
         """Stops working ahead."""
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close()
 
 
 class RestoreTrainer(Trainer):
@@ -346,7 +346,8 @@ class RestoreTrainer(Trainer):
 
         Raises RecipeError on a loss that is not finite, DatasetError when too many pictures cannot be read.
         """
-        self._pictures.add(inputs["num_images"], inputs["unreadable"])
+        found = gather_objects([(inputs["num_images"], inputs["unreadable"])])
+        self._pictures.add(sum(number for number, _ in found), [reason for _, one in found for reason in one])
         loss = model(inputs)
         if not torch.isfinite(loss):
             stop_at(self._folder, self.state.global_step, loss.item(), ids=inputs["ids"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.training.distributed import gather_objects, rank
+from quarterlight.training.distributed import rank
 
 _FIRST = 200  # pictures; the share of fewer says little
 
@@ -24,28 +24,34 @@ class PictureLog:
         self.max_unreadable = max_unreadable
         self.num_pictures = 0
         self.num_unreadable = 0
+        self._example = ""
 
     def add(self, num_pictures: int, reasons: Sequence[str]) -> None:
-        """Takes notes of a batch; all processes must call it together.
+        """Takes notes of a batch.
 
-        num_pictures: of this process.  reasons: a sentence for each of them that cannot be read.
-        Raises DatasetError on all processes when there are too many.
+        num_pictures: of all processes.  reasons: a sentence for each of them that cannot be read.
+        Raises DatasetError, on all processes, when there are too many.
         """
-        found = gather_objects([(num_pictures, list(reasons))])
-        self.num_pictures += sum(number for number, _ in found)
-        new = [reason for _, reasons in found for reason in reasons]
-        self.num_unreadable += len(new)
-        if new and rank() == 0:
-            with self.file.open("a+", encoding="utf-8") as stream:
-                stream.seek(0)
-                known = {*stream.read().splitlines()}
-                stream.writelines(f"{reason}\n" for reason in dict.fromkeys(new) if reason not in known)
-        if new and self.num_pictures >= _FIRST and self.num_unreadable > self.max_unreadable * self.num_pictures:
+        self.num_pictures += num_pictures
+        self.num_unreadable += len(reasons)
+        if reasons:
+            self._example = reasons[0]
+            self._write(reasons)
+        if self.num_pictures >= _FIRST and self.num_unreadable > self.max_unreadable * self.num_pictures:
             raise DatasetError(
                 f"{self.num_unreadable} of the {self.num_pictures} pictures seen so far cannot be read, more than "
                 f"max_unreadable ({self.max_unreadable}) allows: mend those listed in {self.file}, or raise it. "
-                f"For example: {new[0]}"
+                f"For example: {self._example}"
             )
+
+    def _write(self, reasons: Sequence[str]) -> None:
+        if rank() != 0:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a+", encoding="utf-8") as stream:
+            stream.seek(0)
+            known = {*stream.read().splitlines()}
+            stream.writelines(f"{reason}\n" for reason in dict.fromkeys(reasons) if reason not in known)
 
 
 def stop_at(folder: Path, step: int, loss: float, **ids: Any) -> NoReturn:
