@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from quarterlight import pipeline
 from quarterlight.errors import DatasetError, RecipeError
 from quarterlight.models.embedder import Embedder
 from quarterlight.pipeline import _Pipeline, run
@@ -161,8 +163,8 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed(finished: Path, tmp_path
 
 def test_a_stage_is_due_again_when_what_it_depends_on_changes(finished: Path, tmp_path: Path) -> None:
     def due(new: Recipe, data: Path = DATA) -> list[str]:
-        pipeline = _Pipeline(new, data, finished)
-        return [stage for stage in STAGES if not pipeline.finished(stage)]
+        stages = _Pipeline(new, data, finished)
+        return [stage for stage in STAGES if not stages.finished(stage)]
 
     def warmup(**loss: float) -> Recipe:
         before = recipe()
@@ -199,11 +201,34 @@ def test_training_can_begin_with_a_checkpoint(finished: Path, tmp_path: Path) ->
     short = {key: short[key] for key in ("name", "mixture", "validation")}
     model = {"checkpoint": str(finished / "restore"), "visual_token_compression": 1, "system_prompt": "Be brief."}
     warmup = {"optimizer": STEPS, "loss": {"batch_size": 4}, "lora": {"rank": 2, "alpha": 4, "keep": True}}
-    folder = run(parse(Recipe, short | {"model": model, "warmup": warmup}, where="test"), DATA, tmp_path, report=print)
+    whole = parse(Recipe, short | {"model": model, "warmup": warmup}, where="test")
+    folder = run(whole, DATA, tmp_path, report=print)
     embedder = Embedder(folder)
     assert embedder.model.config.visual_token_compression == 1
     assert embedder.settings.system_prompt == "Be brief."
     assert [one.name for one in tmp_path.iterdir() if one.is_dir()] == ["warmup"]
+    shutil.copytree(finished / "warmup", tmp_path / "other")
+    moved = replace(whole, model=replace(whole.model, checkpoint=str(tmp_path / "other")))
+    assert _Pipeline(whole, DATA, tmp_path).finished("warmup")
+    assert not _Pipeline(moved, DATA, tmp_path).finished("warmup")
+
+
+def test_a_folder_that_was_half_removed_is_not_resumed(finished: Path, tmp_path: Path) -> None:
+    """A checkpoint whose mark is gone may be of any recipe."""
+    (tmp_path / "start.running" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="half a run of another recipe"):
+        run(recipe(), DATA, tmp_path, report=lambda _: None)
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pipeline, "save_file", full)
+    with pytest.raises(RecipeError, match=r"teacher cannot go on: .*No space left on device.*What was saved is kept"):
+        run(recipe(), DATA, tmp_path, last="teacher", report=lambda _: None)
+    monkeypatch.undo()
+    assert run(recipe(), DATA, tmp_path, last="teacher", report=lambda _: None) == tmp_path / "teacher"
 
 
 def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
@@ -223,3 +248,7 @@ def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
     fails(RecipeError, "not made by training", recipe(), out=foreign)
     missing = values()["restore"] | {"data": [{"file": "nowhere.jsonl"}]}
     fails(DatasetError, "nowhere.jsonl", recipe(restore=missing), out=finished)
+    later = values()["finetune"] | {"mixture": [{"dataset": "emoji", "task": "t2x"}]}
+    fails(DatasetError, "no task 't2x'", recipe(finetune=later), out=tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())  # nothing has been run for it
+    fails(RecipeError, "meant for 2 devices, but 1 processes run it: say --set devices=1", recipe(devices=2))

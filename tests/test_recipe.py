@@ -59,6 +59,8 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("restore.data.0.file=a.jsonl", "either a file, or a dataset and its task"),
         ("finetune.loss.fill=twice", "fill"),
         ("judge.backend=oracle", "oracle"),
+        ("judge.exempt=[emoji/t2j]", "which is not judged. Did you mean"),
+        ("warmup.fill_from_mined=true", "warmup.fill_from_mined is for finetune"),
         ("mine.window=[60, 50]", "window"),
         ("warmup", "--set takes"),
         ("warmup.loss.temperature=[", "not valid YAML"),

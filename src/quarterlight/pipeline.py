@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import InternVLVisionConfig, Qwen2Config
 
@@ -27,7 +28,14 @@ from quarterlight.errors import DatasetError, RecipeError, did_you_mean
 from quarterlight.manifest import environment
 from quarterlight.mining.judge import judge, read_judged
 from quarterlight.mining.negatives import MineRecipe, mine, read_mined
-from quarterlight.models.checkpoint import load_backbone, load_settings, resolve_checkpoint, save_checkpoint
+from quarterlight.models.checkpoint import (
+    load_backbone,
+    load_settings,
+    resolve_checkpoint,
+    save_checkpoint,
+    saved_tensors,
+    weights_hash,
+)
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
@@ -49,11 +57,14 @@ from quarterlight.training.tower import imitate, structure_attention
 
 MANIFEST = "manifest.json"
 
-_SCHEDULING = {
-    "optimizer": {"save_every", "log_every", "num_workers"},
-    "loss": {"eval_every", "eval_queries", "eval_conversations"},
+_WITHOUT_EFFECT = {
+    "optimizer": {"save_every", "log_every", "num_workers", "gradient_checkpointing"},
+    "loss": {"eval_every", "eval_queries", "eval_conversations", "max_unreadable", "chunk_tokens"},
+    "mine": {"max_unreadable"},
+    "retrieve": {"max_unreadable"},
+    "judge": {"url", "concurrency", "timeout_s", "retries", "tokens_per_batch", "max_failed"},
 }
-"""What changes how a stage is run, but none of its weights."""
+"""Stage, or section of any stage -> settings that change how it is run, but, beyond rounding, not what comes of it."""
 
 
 def run(
@@ -72,7 +83,15 @@ def run(
     Raises RecipeError for an unknown stage, DatasetError for data that is missing or broken.
     """
     chosen = _between(recipe.stages, first, last)
+    if processes().num_processes != recipe.devices:
+        raise RecipeError(
+            f"The recipe is meant for {recipe.devices} devices, but {processes().num_processes} processes run it: say "
+            f"--set devices={processes().num_processes} if batches may be of another size, or start another number."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     pipeline = _Pipeline(recipe, data, folder)
+    for stage in chosen:
+        pipeline.inputs(stage)  # what is missing is missed before anything runs
     if not processes().is_main_process:
         report = _silent
     for stage in recipe.stages[: recipe.stages.index(chosen[0])]:
@@ -85,15 +104,20 @@ def run(
             continue
         report(f"{stage}: running")
         try:
+            if processes().is_main_process:
+                write_report(folder, [folder / one for one in recipe.stages])
             seconds = pipeline.run(stage)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise RecipeError(
-                f"The stage {stage} cannot go on: {error.strerror or error} ({error.filename or folder}). What was "
+                f"The stage {stage} cannot go on: {reason} ({getattr(error, 'filename', None) or folder}). What was "
                 "saved is kept; mend it and start the same command again."
             ) from error
         report(f"{stage}: finished in {seconds / 60:.1f} minutes")
-        if processes().is_main_process:
-            write_report(folder, [folder / one for one in recipe.stages])
+    if processes().is_main_process:
+        write_report(folder, [folder / one for one in recipe.stages])
     return folder / chosen[-1]
 
 
@@ -124,6 +148,7 @@ class _Pipeline:
         self.folder = folder
         self.state = processes()
         self._tasks: dict[tuple[Any, ...], RetrievalTask] = {}
+        self._hashes: dict[tuple[Path, str], str] = {}
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """What a stage that is finished says of itself; empty if it is not."""
@@ -137,15 +162,16 @@ class _Pipeline:
     def fingerprint(self, stage: str) -> str:
         """SHA-256, in hex, of all that decides the result of a stage: its settings, its data, and the stages it reads.
 
-        What changes no weight (how often to save, log and validate, how many workers) is left out.  A stage that is
+        What does not change it (how often to save, log and validate, how many workers) is left out.  A stage that is
         read counts as what lies in its folder, or as what this recipe would put there.
         """
         settings: dict[str, Any] = {"seed": self.recipe.seed, "model": asdict(self.recipe.model)}
         if stage != "start":
             one = settings[stage] = asdict(getattr(self.recipe, stage))
-            for section, keys in _SCHEDULING.items():
-                for key in keys & one.get(section, {}).keys():
-                    del one[section][key]
+            for section, keys in _WITHOUT_EFFECT.items():
+                where = one if section == stage else one.get(section, {})
+                for key in keys & where.keys():
+                    del where[key]
             settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
         if stage != "restore":
             settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
@@ -178,15 +204,28 @@ class _Pipeline:
         return [one for one in earlier if one not in ("teacher", "mine", "retrieve", "judge")]
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """What a stage reads from the data directory -> SHA-256, in hex."""
+        """What a stage reads, besides other stages -> SHA-256, in hex; of datasets, the pictures are not in it."""
         if stage == "restore":
             assert self.recipe.restore is not None
-            return {one.label: self._file_hash(one) for one in self.recipe.restore.data}
-        return {one.label: self._task_hash(one.dataset, one.task) for one in self.recipe.tasks(stage)}
+            found = {one.label: self._file_hash(one) for one in self.recipe.restore.data}
+        else:
+            found = {one.label: self._task_hash(self.data, one.dataset, one.task) for one in self.recipe.tasks(stage)}
+        if stage == "judge" and self.recipe.judge and self.recipe.judge.truth:
+            truth = Path(self.recipe.judge.truth)
+            tasks = self.recipe.tasks(stage)
+            found |= {f"truth: {one.label}": self._task_hash(truth, one.dataset, one.task) for one in tasks}
+        if self.recipe.model.checkpoint is not None and not self._models(stage):
+            found[self.recipe.model.checkpoint] = self._checkpoint_hash
+        return found
+
+    @cached_property
+    def _checkpoint_hash(self) -> str:
+        assert self.recipe.model.checkpoint is not None
+        return weights_hash(saved_tensors(resolve_checkpoint(self.recipe.model.checkpoint)))
 
     def _file_hash(self, one: SourceRecipe) -> str:
         if one.file is None:
-            return self._task_hash(str(one.dataset), str(one.task))
+            return self._task_hash(self.data, str(one.dataset), str(one.task))
         path = self.data / one.file
         try:
             with path.open("rb") as file:
@@ -194,14 +233,11 @@ class _Pipeline:
         except OSError as error:
             raise DatasetError(f"{path}, which restore.data names, cannot be read ({error.strerror}).") from error
 
-    def _task_hash(self, dataset: str, task: str) -> str:
-        if (dataset, task) not in self._hashes:
-            self._hashes[dataset, task] = RetrievalDataset(self.data / dataset).fingerprint(task, "train")
-        return self._hashes[dataset, task]
-
-    @cached_property
-    def _hashes(self) -> dict[tuple[str, str], str]:
-        return {}
+    def _task_hash(self, data: Path, dataset: str, task: str) -> str:
+        key = (data / dataset, task)
+        if key not in self._hashes:
+            self._hashes[key] = RetrievalDataset(data / dataset).fingerprint(task, "train")
+        return self._hashes[key]
 
     def run(self, stage: str) -> float:
         """Runs a stage; returns the seconds it took since it was last started."""
@@ -228,9 +264,9 @@ class _Pipeline:
     def _open(self, work: Path, fingerprint: str) -> None:
         mark = work / "fingerprint"
         work.mkdir(parents=True, exist_ok=True)
-        if not mark.is_file():
+        if not any(work.iterdir()):
             mark.write_text(fingerprint)
-        elif mark.read_text() != fingerprint:
+        elif not mark.is_file() or mark.read_text() != fingerprint:
             raise RecipeError(
                 f"{work} holds half a run of another recipe or of other data: remove it, or choose another --out."
             )
@@ -240,9 +276,10 @@ class _Pipeline:
         log = sorted(work.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
         if log:
             shutil.copy(log[-1], draft / "trainer_state.json")
-        for name in ("tensorboard", "unreadable.txt"):
-            if (work / name).exists():
-                (shutil.copytree if (work / name).is_dir() else shutil.copy)(work / name, draft / name)
+        if (work / "tensorboard").is_dir():
+            shutil.copytree(work / "tensorboard", draft / "tensorboard", dirs_exist_ok=True)
+        if (work / "unreadable.txt").is_file():
+            shutil.copy(work / "unreadable.txt", draft)
         (draft / "recipe.yaml").write_text(yaml.safe_dump(_plain(self.recipe), sort_keys=False), encoding="utf-8")
         manifest = {
             "stage": stage,
@@ -255,10 +292,10 @@ class _Pipeline:
             "environment": environment(),
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
+        # renamed before they are removed: a folder that is half gone must not be taken for another
+        _remove(target)
         draft.replace(target)
-        shutil.rmtree(work)
+        _remove(work)
 
     def start(self, work: Path, draft: Path) -> None:
         """Tokenizer, processor and random weights."""
@@ -425,8 +462,9 @@ class _Pipeline:
             return task
         if one.fill_from_mined:
             spare, wanted = read_mined(self.folder / "mine", task), one.loss.num_negatives
+            asked = read_mined(self.folder / "retrieve", task)
             for qid in (query.qid for query in task.queries):
-                known = {*negatives.get(qid, ()), *relevant.get(qid, ())}
+                known = {*asked.get(qid, ()), *relevant.get(qid, ())}  # what nobody could decide is no negative either
                 more = [did for did in spare.get(qid, ()) if did not in known]
                 negatives[qid] = [*negatives.get(qid, ()), *more[: max(0, wanted - len(negatives.get(qid, ())))]]
         return with_negatives(task, negatives, also_relevant=relevant, keep_labelled=one.keep_labelled)
@@ -522,6 +560,14 @@ def _with_tiles(task: RetrievalTask, max_tiles: int) -> RetrievalTask:
         queries=[replace(one, item=replace(one.item, max_tiles=max_tiles)) for one in task.queries],
         candidates=[replace(one, item=replace(one.item, max_tiles=max_tiles)) for one in task.candidates],
     )
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        waste = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(waste, ignore_errors=True)
+        folder.replace(waste)
+        shutil.rmtree(waste)
 
 
 def _where(task: RetrievalTask, one: TaskRecipe) -> RetrievalTask:

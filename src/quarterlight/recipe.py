@@ -242,6 +242,11 @@ class Recipe:
     """with the negatives of ``judge``; without that stage, all that ``retrieve`` found (rule-based ones, Table 8)"""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        for name in ("teacher", "tower"):
+            if (stage := getattr(self, name)) is not None and stage.optimizer.gradient_checkpointing:
+                raise RecipeError(f"{name}.optimizer.gradient_checkpointing: this stage keeps its activations.")
         if self.devices < 1:
             raise RecipeError(f"devices must be at least 1, got {self.devices}.")
         guided = self.tower is not None or any(one.teacher_weight for one in self.contrast.values())
@@ -251,6 +256,8 @@ class Recipe:
             if getattr(self, by) is not None and getattr(self, needed) is None:
                 raise RecipeError(f"The recipe has no stage {needed}, which its stage {by} asks for.")
         for stage, one in self.contrast.items():
+            if one.fill_from_mined and (stage != "finetune" or self.mine is None or self.retrieve is None):
+                raise RecipeError(f"{stage}.fill_from_mined is for finetune, in a recipe with mine and retrieve.")
             names = [task.label for task in self.tasks(stage)]
             for name in one.weights:
                 if names.count(name) != 1:
@@ -258,6 +265,12 @@ class Recipe:
                     raise RecipeError(
                         f"{stage}.weights has {name!r}, which its mixture {trouble}. {did_you_mean(name, set(names))}"
                     )
+
+        if self.judge is not None:
+            names = [task.label for task in self.tasks("judge")]
+            for name in (*self.judge.exempt, *self.judge.instructions):
+                if name not in names:
+                    raise RecipeError(f"judge names {name!r}, which is not judged. {did_you_mean(name, set(names))}")
 
     @property
     def stages(self) -> list[str]:

@@ -161,6 +161,26 @@ def test_a_judge_that_never_answers_is_not_asked_for_ever(
     assert len(dead.asked) == 64
 
 
+def test_what_can_never_be_judged_keeps_nothing_waiting(
+    whole: RetrievalTask, task: RetrievalTask, retrieved: Path, tmp_path: Path
+) -> None:
+    """A stretch of pairs that no judge can answer stops a run once; the next one does the others first."""
+    many = [(query.qid, one.did, 0.5, 1) for query in task.queries for one in task.candidates]
+    known = {(query.qid, did) for query in task.queries for did in query.positives}
+    pairs = [(qid, did) for qid, did, _, _ in many if (qid, did) not in known]
+    many, folder = write(tmp_path / "many", "emoji.t2i", many), tmp_path / "judged"
+    lenient = replace(LABELS, max_failed=1.0)
+    first, second = (Stopping(LabelJudge([whole]), fails=pairs[:64]) for _ in range(2))
+    with pytest.raises(JudgeError, match="64 times in a row"):
+        judge([task], many, folder, lenient, by=first)
+    counts = judge([task], many, folder, lenient, by=second)
+    assert second.asked == pairs[64:] + pairs[:64]
+    assert counts["emoji/t2i"].failed == 64
+    third = Stopping(LabelJudge([whole]), fails=pairs[:64])
+    judge([task], many, folder, lenient, by=third)
+    assert third.asked == pairs[:64]
+
+
 def test_verdicts_of_another_judge_are_not_mixed_in(
     whole: RetrievalTask, task: RetrievalTask, retrieved: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def test_an_error_ahead_is_raised_where_its_step_is_taken(
     with pytest.raises(DatasetError, match="no more"):
         stream.plan()
     stream.close()
-    assert not [one.name for one in threading.enumerate() if one.name.startswith("encode")]
+    assert not [one.name for one in threading.enumerate() if one.name.startswith(("inputs", "prefetch"))]
 
 
 def test_threads_that_work_ahead_leave_the_cores_to_the_model(

@@ -29,7 +29,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print what each stage would cost, and run nothing.")
     ] = False,
     devices: Annotated[int | None, typer.Option(help="Devices of the plan; the recipe's without it.")] = None,
-    device: Annotated[str, typer.Option(help="Kind of device of the plan.")] = "A800",
+    device: Annotated[str | None, typer.Option(help="Kind of device of the plan; A800 without it.")] = None,
 ) -> None:
     """Train a model by a recipe. Finished stages are skipped, a stopped one goes on.
 
@@ -46,8 +46,11 @@ def train(
         from quarterlight.cli.plan import print_plan
         from quarterlight.plan import plan
 
-        print_plan(plan_of, plan(plan_of, data, devices, device), devices=devices, device=device)
+        kind = device or "A800"
+        print_plan(plan_of, plan(plan_of, data, devices, kind), devices=devices, device=kind)
         return
+    if devices is not None or device is not None:
+        raise RecipeError("--devices and --device belong to --dry-run; a run takes what its launcher gives it.")
     if data is None or out is None:
         raise RecipeError("Training needs --data, the directory of the datasets, and --out, that of the run.")
     if only and (first or last):

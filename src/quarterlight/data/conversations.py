@@ -64,6 +64,8 @@ class Conversation:
         for message in self.messages:
             if not message.content or message.content.isspace():
                 raise DatasetError(f"a message of the {message.role} is empty")
+            if any("\ud800" <= letter <= "\udfff" for letter in message.content):
+                raise DatasetError(f"a message of the {message.role} has half a character (an unpaired surrogate)")
         marks = sum(message.content.count(IMAGE) for message in turns[::2])
         if marks != len(self.images):
             raise DatasetError(

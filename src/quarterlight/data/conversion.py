@@ -346,6 +346,8 @@ def _thousandths(box: Any, width: Any, height: Any, boxes: Boxes) -> list[int]:
     numbers = [box, width, height] if not isinstance(box, list) else [*box, width, height]
     if len(numbers) != 6 or not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers):
         raise DatasetError(f"a box must be four numbers and the picture have a width and height, got {box!r:.60}")
+    if width <= 0 or height <= 0:
+        raise DatasetError(f"a picture of {width} x {height} pixels has no place for a box")
     x1, y1, x2, y2 = map(float, box)
     if boxes == "xywh":
         x2, y2 = x1 + x2, y1 + y2

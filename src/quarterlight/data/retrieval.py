@@ -173,23 +173,31 @@ class RetrievalDataset:
         Raises DatasetError, naming file and line, for a row that is not JSON, lacks a column, has neither text nor
         picture, repeats an id, or names a candidate that the pool does not have.
         """
-        if (task, split) not in self._queries:
-            known = did_you_mean(f"{task}.{split}", [f"{t}.{s}" for t, s in self._queries])
-            raise DatasetError(f"The dataset {self.name} has no task {task!r} with a split {split!r}. {known}")
-        if (task, split) not in self._pools:
-            raise DatasetError(f"{self.folder}/pools has no {task}.{split}.jsonl[.gz] for the queries of that name.")
-        pool = _unique(self._pools[task, split], _CANDIDATE_COLUMNS, self._candidate)
-        queries = _unique(self._queries[task, split], _QUERY_COLUMNS, lambda where, row: self._query(where, row, pool))
+        queries_file, pool_file = self._files(task, split)
+        pool = _unique(pool_file, _CANDIDATE_COLUMNS, self._candidate)
+        queries = _unique(queries_file, _QUERY_COLUMNS, lambda where, row: self._query(where, row, pool))
         return RetrievalTask(
             dataset=self.name, task=task, split=split, queries=list(queries.values()), candidates=list(pool.values())
         )
 
     def fingerprint(self, task: str, split: str) -> str:
-        """SHA-256, in hex, of the two files of a task, as they are on disk; the pictures are not in it."""
+        """SHA-256, in hex, of the two files of a task, as they are on disk; the pictures are not in it.
+
+        Raises DatasetError when there is no such task.
+        """
         digest = hashlib.sha256()
-        for path in (self._queries[task, split], self._pools[task, split]):
+        for path in self._files(task, split):
             digest.update(path.read_bytes())
         return digest.hexdigest()
+
+    def _files(self, task: str, split: str) -> tuple[Path, Path]:
+        """The queries and the pool of a task."""
+        if (task, split) not in self._queries:
+            known = did_you_mean(f"{task}.{split}", [f"{t}.{s}" for t, s in self._queries])
+            raise DatasetError(f"The dataset {self.name} has no task {task!r} with a split {split!r}. {known}")
+        if (task, split) not in self._pools:
+            raise DatasetError(f"{self.folder}/pools has no {task}.{split}.jsonl[.gz] for the queries of that name.")
+        return self._queries[task, split], self._pools[task, split]
 
     def _query(self, where: _Line, row: dict[str, Any], pool: Mapping[str, Candidate]) -> Query:
         item = self._item(where, row["query_txt"], row["query_img_path"])

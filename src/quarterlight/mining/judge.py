@@ -289,17 +289,19 @@ class _Work:
     def run(self, failures: _Failures, bar: Any) -> JudgedTask:
         """Asks about the pairs that have no answer yet, and writes the file."""
         found = self._found()
-        answers = self._known()
+        answers, failed = self._known()
         reasons: Counter[str] = Counter()
         with _Journal(self.file.with_suffix(".jsonl"), self.asked) as journal:
             answers |= journal.answers
+            failed = (failed | journal.failed) - answers.keys()
             new = sum((query.qid, did) not in answers for query, dids in found for did in dids)
             bar.update(self.num_rows - new)
-            for group in self._ask(found, answers.keys()) if new else ():
+            for group in self._ask(found, answers.keys(), failed) if new else ():
                 answered = {(one.qid, one.did): (one.yes, one.no, one.judge) for one in group if not one.failed}
-                journal.append(answered)
+                journal.append(answered, [(one.qid, one.did) for one in group if one.failed])
                 for one in group:
-                    failures.see(one)
+                    if (one.qid, one.did) not in failed:  # what failed before says nothing of the judge as it is now
+                        failures.see(one)
                     if one.failed:
                         reasons[one.failed[:_REASON_CHARACTERS]] += 1
                 # only now: what is being judged is told from what was by not being here
@@ -335,23 +337,28 @@ class _Work:
             found.append((queries[qid], [did for did in dict.fromkeys(dids) if did not in known]))
         return found
 
-    def _known(self) -> dict[_Ids, _Answer]:
-        """The answers in the file, if there is one."""
+    def _known(self) -> tuple[dict[_Ids, _Answer], set[_Ids]]:
+        """The answers in the file, if there is one, and what failed when it was written."""
         if not self.file.is_file():
-            return {}
+            return {}, set()
         table = _read(self.file)
         _same_judge(json.loads((table.schema.metadata or {}).get(_ASKED, b"{}")), self.asked, self.file)
         columns = (table[name].to_pylist() for name in ("qid", "did", "yes_logit", "no_logit", "judge"))
-        return {(qid, did): (yes, no, name) for qid, did, yes, no, name in zip(*columns, strict=True)}
+        answers = {(qid, did): (yes, no, name) for qid, did, yes, no, name in zip(*columns, strict=True)}
+        # a file is written once everything was asked: what is not in it failed
+        return answers, {(query.qid, did) for query, dids in self._found() for did in dids} - answers.keys()
 
-    def _ask(self, found: Sequence[tuple[Query, list[str]]], answered: Container[_Ids]) -> Iterable[Sequence[Verdict]]:
-        """Verdicts on what is not answered."""
+    def _ask(
+        self, found: Sequence[tuple[Query, list[str]]], answered: Container[_Ids], failed: Container[_Ids]
+    ) -> Iterable[Sequence[Verdict]]:
+        """Verdicts on what is not answered; what failed before comes last, so that it cannot keep the rest waiting."""
         pool = {candidate.did: candidate for candidate in self.task.candidates}
         pairs = (
             Pair(task=self.name, query=query, candidate=pool[did], instruction=self.instruction)
+            for again in (False, True)
             for query, dids in found
             for did in dids
-            if (query.qid, did) not in answered
+            if (query.qid, did) not in answered and ((query.qid, did) in failed) is again
         )
         if not self.exempt:
             return self.by.judge(pairs)
@@ -395,6 +402,7 @@ class _Journal:
     def __init__(self, path: Path, asked: Mapping[str, str]) -> None:
         self.path = path
         self.answers: dict[_Ids, _Answer] = {}
+        self.failed: set[_Ids] = set()
         whole = path.read_bytes() if path.is_file() else b""
         end = whole.rfind(b"\n") + 1
         if not end:
@@ -407,7 +415,10 @@ class _Journal:
             _same_judge(json.loads(first), asked, path)
             for line in lines:
                 qid, did, yes, no, name = json.loads(line)
-                self.answers[qid, did] = yes, no, name
+                if name is None:
+                    self.failed.add((qid, did))
+                else:
+                    self.answers[qid, did] = yes, no, name
         except (ValueError, TypeError, AttributeError) as error:
             raise JudgeError(f"{path} holds a line that is no verdict ({error}): remove the file.") from error
 
@@ -418,9 +429,10 @@ class _Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, answers: Mapping[_Ids, _Answer]) -> None:
-        """Writes the answers through to the file, so that they outlive the process."""
-        self._file.write("".join(f"{json.dumps([*ids, *answer])}\n" for ids, answer in answers.items()))
+    def append(self, answers: Mapping[_Ids, _Answer], failed: Iterable[_Ids]) -> None:
+        """Writes through to the file, so that it outlives the process: answers, and what got none."""
+        lines = [[*ids, *answer] for ids, answer in answers.items()] + [[*ids, None, None, None] for ids in failed]
+        self._file.write("".join(f"{json.dumps(line)}\n" for line in lines))
         self._file.flush()
 
 

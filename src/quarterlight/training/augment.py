@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,7 +36,8 @@ def draw(count: int, *, seed: int, step: int) -> Tensor:
 
     Drawn apart from the pictures, so that a picture changes alike whatever chunk or process it falls to.
     """
-    return torch.rand(count, 9, generator=torch.Generator().manual_seed((seed << 40) + step))
+    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+    return torch.rand(count, 9, generator=torch.Generator().manual_seed(mixed))
 
 
 def augment(pictures_BHW3: Tensor, recipe: AugmentRecipe, chance_B9: Tensor) -> Tensor:

@@ -326,7 +326,8 @@ class StepStream:
         if num_threads:
             self._pool = InputThreads(num_threads)
             work = _work(steps, start, stop, self._pool.submit)
-            threading.Thread(target=self._fill, args=(work,), name="prefetch", daemon=True).start()
+            self._filler = threading.Thread(target=self._fill, args=(work,), name="prefetch", daemon=True)
+            self._filler.start()
         else:
             self._inline = _work(steps, start, stop, _at_once)
 
@@ -343,6 +344,7 @@ class StepStream:
         self._stopped.set()
         if self._pool is not None:
             self._pool.close()
+            self._filler.join()
 
     def _next(self) -> Any:
         return (self._ready.get() if self._inline is None else next(self._inline)).result()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,9 +219,10 @@ class ContrastiveTrainer(Trainer):
         with self._waiting():
             plan = self._stream.plan()
         assert plan.step == inputs["step"], "the stream and Trainer disagree about the step"
+        self._last = plan
         num_chunks = largest(len(plan.chunks), self.args.device)
         cache = GradCache[list[Any]](
-            lambda sides: model(*sides), self.accelerator.backward, num_chunks=num_chunks, device=self.args.device
+            lambda sides: model(*sides), self._backward, num_chunks=num_chunks, device=self.args.device
         )
         # the stream gives a single chunk once, several twice
         kept = list(self._chunks(plan, num_chunks)) if len(plan.chunks) < 2 else None
@@ -233,6 +235,19 @@ class ContrastiveTrainer(Trainer):
             with contextlib.nullcontext() if index == num_chunks - 1 else self._unfinished(model):
                 cache.backward(self._on_device(chunk), gradient_BD)
         return loss / steps
+
+    def _backward(self, scalar: Tensor) -> None:
+        deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
+        # the gradient has been divided by the accumulated batches already, which DeepSpeed would do once more
+        self.accelerator.backward(scalar, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As ``Trainer`` does; raises RecipeError on a norm that is not finite, before it reaches a weight."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(norm):
+            qids, dids = self._last.batch.ids
+            stop_at(self._folder, self._last.step, float(norm), what="gradient", qids=qids, dids=dids)
+        return norm
 
     def _chunks(self, plan: StepPlan, num_chunks: int) -> Iterator[EncodedChunk]:
         """As many chunks as the process with the most has; in place of those that this one lacks, rows without part in
@@ -311,7 +326,7 @@ class ContrastiveTrainer(Trainer):
             )
         if not torch.isfinite(loss):
             qids, dids = plan.batch.ids
-            stop_at(self._folder, plan.step, loss.item(), qids=qids, dids=dids)
+            stop_at(self._folder, plan.step, loss.item(), what="loss", qids=qids, dids=dids)
         gradient_QD, gradient_UD = torch.autograd.grad(loss, [query_QD, candidate_UD])
         return loss.detach(), torch.cat([share_of(gradient_QD), share_of(gradient_UD)])
 

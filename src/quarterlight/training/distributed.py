@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,13 +13,16 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 
+_PATIENCE = timedelta(days=7)
+
 
 def processes() -> PartialState:
     """This process's place among all that a launcher (torchrun, accelerate launch) started; the first call meets them.
 
-    Without a GPU they must be told so, or each believes that it is alone.
+    Without a GPU they must be told so, or each believes that it is alone.  They wait for one another for as long as a
+    stage may take that one of them does for all, such as judging; the usual ten minutes would end it.
     """
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
 def world_size() -> int:

@@ -350,9 +350,17 @@ class RestoreTrainer(Trainer):
         self._pictures.add(sum(number for number, _ in found), [reason for _, one in found for reason in one])
         loss = model(inputs)
         if not torch.isfinite(loss):
-            stop_at(self._folder, self.state.global_step, loss.item(), ids=inputs["ids"])
+            stop_at(self._folder, self.state.global_step, loss.item(), what="loss", ids=inputs["ids"])
+        self._last_ids = inputs["ids"]
         # processes average their gradients, where a sum is wanted
         return loss * world_size() / max(1, int(num_items_in_batch))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As ``Trainer`` does; raises RecipeError on a norm that is not finite, before it reaches a weight."""
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not math.isfinite(norm):
+            stop_at(self._folder, self.state.global_step, float(norm), what="gradient", ids=self._last_ids)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the utilisation to what is said about training."""
@@ -424,6 +432,9 @@ def train_restore(
     Under a launcher of several processes they train together.  Where the weights are sharded, the first process's model
     has them whole in the end.  Resumes from ``folder`` if a run was stopped there.
     """
+    flash = "flash" in str(model.config.text_config._attn_implementation)
+    if flash and recipe.packs_per_device > 1:  # which tells packed samples apart in batches of one row only
+        raise RecipeError("With flash attention packs_per_device must be 1: accumulate gradients, or take sdpa.")
     tokenize = ConversationTokenizer(processor, recipe.max_tiles)
     sampler = PackedSampler(sources, tokenize=tokenize, max_tokens=recipe.max_tokens, weights=weights, seed=seed)
     collate = PackCollator(processor, recipe)

@@ -54,14 +54,14 @@ class PictureLog:
             stream.writelines(f"{reason}\n" for reason in dict.fromkeys(reasons) if reason not in known)
 
 
-def stop_at(folder: Path, step: int, loss: float, **ids: Any) -> NoReturn:
-    """Saves what a batch held whose loss is not finite to ``nonfinite.json``, and raises RecipeError."""
+def stop_at(folder: Path, step: int, value: float, *, what: str, **ids: Any) -> NoReturn:
+    """Saves what a batch held whose loss or gradient is not finite to ``nonfinite.json``, and raises RecipeError."""
     file = folder / "nonfinite.json"
-    values: Mapping[str, Any] = {"step": step, "loss": str(loss), **ids}
+    values: Mapping[str, Any] = {"step": step, what: str(value), **ids}
     draft = file.with_suffix(f".{rank()}.tmp")
     draft.write_text(json.dumps(values, indent=2), encoding="utf-8")
     draft.replace(file)
     raise RecipeError(
-        f"The loss became {loss} at step {step}: look at the batch, whose ids are in {file}, or lower the learning "
-        "rate. The last checkpoint is kept."
+        f"The {what} became {value} at step {step}: look at the batch, whose ids are in {file}, and mend the data; or "
+        "begin the stage anew, in another folder, with a lower learning rate. The last checkpoint is kept."
     )

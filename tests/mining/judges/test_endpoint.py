@@ -65,7 +65,13 @@ def test_only_one_answer_among_the_likely_tokens_is_enough(pairs: list[Pair]) ->
     body = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}, "message": {"content": "NO"}}]}
     with ChatServer(trouble=lambda *_: answer(body)) as server:
         [found] = ask(server, pairs[:1])
-    assert (found.yes, found.no, found.relevant) == (-3.0, -0.1, False)
+    assert (found.yes, found.no, found.relevant) == (pytest.approx(-3.0), -0.1, False)
+    body["choices"][0]["logprobs"] = {"content": [{"top_logprobs": [{"token": "yes", "logprob": -0.7}]}]}
+    with ChatServer(trouble=lambda *_: answer(body)) as server:
+        assert ask(server, pairs[:1])[0].relevant is True  # what is not listed is less likely still
+    body["choices"][0]["logprobs"] = {"content": [{"top_logprobs": [{"token": "yes", "logprob": float("nan")}]}]}
+    with ChatServer(trouble=lambda *_: answer(body)) as server:
+        assert "no numbers" in ask(server, pairs[:1])[0].failed
 
 
 @pytest.mark.parametrize(("words", "relevant"), [(" Yes.", True), ("no", False), ("'NO'", False)])

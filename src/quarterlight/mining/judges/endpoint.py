@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -37,7 +38,7 @@ class EndpointJudge:
     """Asks for one token with its likeliest alternatives; ``concurrency`` requests are always under way.
 
     Relevance compares the log-probabilities of the likeliest spellings of yes and no, which differ as their logits do.
-    Where only one of them is among the likely tokens, the other counts as the least likely of those.  A server that
+    Where only one of them is among the likely tokens, the other counts as less likely than any of those.  A server that
     gives no log-probabilities is taken at its word: logits of 1 and -1, and ``(text)`` after the name of the judge.
 
     A request that times out, meets no server or a status that may pass (429, 5xx, ...) is sent again up to ``retries``
@@ -62,7 +63,11 @@ class EndpointJudge:
         backoff_s: float = 0.5,
         max_pixels: int = 1_048_576,
     ) -> None:
-        if not re.match(r"https?://[^/]", url):
+        try:
+            parsed = httpx2.URL(url)
+        except httpx2.InvalidURL:
+            parsed = None
+        if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
             raise JudgeError(f"{url!r} is not the address of a server: give one such as http://localhost:8000/v1.")
         self.name = model
         self.url = f"{url.rstrip('/')}/chat/completions"
@@ -171,8 +176,11 @@ class EndpointJudge:
             if not best["yes"] and not best["no"]:
                 words = ", ".join(repr(token) for token, _ in likely[:3])
                 return Verdict(*ids, failed=f"neither yes nor no is likely; likeliest are {words}")
-            least = min(value for _, value in likely)
-            yes, no = (max(best[word], default=least) for word in ("yes", "no"))
+            if not all(map(math.isfinite, (*best["yes"], *best["no"]))):
+                return Verdict(*ids, failed=f"log-probabilities that are no numbers: {_quote(text)}")
+            # what is not listed is less likely than all that is
+            unlisted = math.nextafter(min(value for _, value in likely if math.isfinite(value)), -math.inf)
+            yes, no = (max(best[word], default=unlisted) for word in ("yes", "no"))
             return Verdict(*ids, yes=yes, no=no, judge=self.name)
         answer = re.match(r"\W*(yes|no)\b", said, re.IGNORECASE)
         if answer is None:
