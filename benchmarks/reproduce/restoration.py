@@ -81,7 +81,7 @@ def main() -> None:
             axes.plot(range(len(phases)), [one[name] for one in phases.values()], "o-", label=name)
         axes.set(ylabel="next-token loss, nats", title="Restoration on nano", xticks=range(len(phases)))
         axes.set_xticklabels([phase.replace(" with", "\nwith").replace(": ", ":\n") for phase in phases], fontsize=8)
-        axes.legend()
+        axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 0.2))
 
     common.finish("restoration", "\n".join(lines), {"experiment": "restoration", **steps, "losses": phases}, draw)
     print(json.dumps(steps))
