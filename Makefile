@@ -5,7 +5,8 @@ PYTHON ?=
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
-MYPY_LAYERS := errors.py records.py prompts.py images.py manifest.py losses metrics models data index
+MYPY_LAYERS := errors.py records.py prompts.py images.py manifest.py losses metrics models data index mining \
+    recipe.py plan.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format install clean
@@ -19,7 +20,7 @@ demo: $(READY)  ## index the example files, search them in four ways, write demo
 test: $(READY)  ## run the test suite
 	$(RUN) -m pytest
 
-check: $(READY)  ## lint, formatting, types of layers 0-2, direction of imports
+check: $(READY)  ## lint, formatting, types of layers 0-2 and of some above, direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy $(wildcard $(addprefix src/quarterlight/,$(MYPY_LAYERS)))
