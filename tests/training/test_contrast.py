@@ -139,6 +139,20 @@ def test_a_loss_that_is_not_finite_names_its_batch(tiny_checkpoint: Path, task: 
     assert len(said["dids"]) == 2 * NUM_QUERIES
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_weight(
+    tiny_checkpoint: Path, task: RetrievalTask, tmp_path: Path
+) -> None:
+    one = trainer(tiny_checkpoint, task, tmp_path / "run")
+    weight = one.model.backbone.language_model.norm.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    with pytest.raises(RecipeError, match=r"gradient became (nan|inf) at step 0.*nonfinite\.json"):
+        one.train()
+    said = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert sorted(said["qids"]) == sorted(query.qid for query in task.queries)
+    assert all((before[name] == value).all() for name, value in one.model.state_dict().items())
+
+
 def test_what_cannot_be_is_refused(tiny_checkpoint: Path, task: RetrievalTask, tmp_path: Path) -> None:
     for wrong in ({"chunk_tokens": 0}, {"dimensions": []}, {"fill": "zeros"}, {"max_unreadable": 2}):
         with pytest.raises(RecipeError, match=next(iter(wrong))):

@@ -298,6 +298,17 @@ def test_a_loss_that_is_no_number_names_its_conversations(tiny_checkpoint: Path,
     assert problem["step"] >= 1 and all(name.startswith(("101:", "106:")) for name in problem["ids"])
 
 
+def test_flash_attention_takes_packs_one_by_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In a batch of several rows it would not tell the samples of a pack apart."""
+    model, processor = load_backbone(tiny_checkpoint, language_head=True)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    recipe = replace(RECIPE, packs_per_device=2)
+    with pytest.raises(RecipeError, match="packs_per_device must be 1"):
+        train_restore(
+            model, processor, sources=[], validation=[], recipe=recipe, optimizer=OPTIMIZER, folder=tmp_path, seed=0
+        )
+
+
 @pytest.mark.parametrize(("name", "value"), [("max_tokens", 0), ("packs_per_device", 0), ("max_unreadable", 1.5)])
 def test_impossible_recipes(name: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=name):

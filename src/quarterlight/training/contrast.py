@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
 
 from quarterlight.data.contrastive import BatchSampler, TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
@@ -41,6 +39,7 @@ from quarterlight.training.distributed import gather, gather_objects, largest, s
 from quarterlight.training.gradcache import GradCache
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
 from quarterlight.training.trouble import PictureLog, stop_at
+from quarterlight.training.watched import WatchedTrainer
 
 
 class PromptEmbedder(nn.Module):
@@ -157,7 +156,7 @@ class _Rows:
         return _Rows(columns[:, :D], columns[:, D].bool(), columns[:, D + 1 :] if wanted else None)
 
 
-class ContrastiveTrainer(Trainer):
+class ContrastiveTrainer(WatchedTrainer):
     """``Trainer`` with InfoNCE between two sides, and P@1 on validation tasks as its evaluation.
 
     steps: what each batch holds.  num_threads: that prepare inputs ahead of the model.
@@ -219,7 +218,7 @@ class ContrastiveTrainer(Trainer):
         with self._waiting():
             plan = self._stream.plan()
         assert plan.step == inputs["step"], "the stream and Trainer disagree about the step"
-        self._last = plan
+        self._batch_ids = dict(zip(("qids", "dids"), plan.batch.ids, strict=True))
         num_chunks = largest(len(plan.chunks), self.args.device)
         cache = GradCache[list[Any]](
             lambda sides: model(*sides), self._backward, num_chunks=num_chunks, device=self.args.device
@@ -240,14 +239,6 @@ class ContrastiveTrainer(Trainer):
         deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
         # the gradient has been divided by the accumulated batches already, which DeepSpeed would do once more
         self.accelerator.backward(scalar, **({"scale_wrt_gas": False} if deepspeed else {}))
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As ``Trainer`` does; raises RecipeError on a norm that is not finite, before it reaches a weight."""
-        norm = super()._clip_grad_norm(model)
-        if norm is not None and not math.isfinite(norm):
-            qids, dids = self._last.batch.ids
-            stop_at(self._folder, self._last.step, float(norm), what="gradient", qids=qids, dids=dids)
-        return norm
 
     def _chunks(self, plan: StepPlan, num_chunks: int) -> Iterator[EncodedChunk]:
         """As many chunks as the process with the most has; in place of those that this one lacks, rows without part in
@@ -325,8 +316,7 @@ class ContrastiveTrainer(Trainer):
                 + _distance(candidate_UD, candidate.wanted_RE, candidate.readable_R)
             )
         if not torch.isfinite(loss):
-            qids, dids = plan.batch.ids
-            stop_at(self._folder, plan.step, loss.item(), what="loss", qids=qids, dids=dids)
+            stop_at(self._folder, plan.step, loss.item(), what="loss", **self._batch_ids)
         gradient_QD, gradient_UD = torch.autograd.grad(loss, [query_QD, candidate_UD])
         return loss.detach(), torch.cat([share_of(gradient_QD), share_of(gradient_UD)])
 
@@ -361,12 +351,6 @@ class ContrastiveTrainer(Trainer):
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the utilisation to what is said about training."""
-        if "loss" in logs or "train_loss" in logs:
-            logs["utilisation"] = round(self.utilisation, 3)
-        super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """P@1 per validation task, on a fixed part of it, and their mean."""

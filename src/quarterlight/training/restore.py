@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
 
 from quarterlight.data.conversations import IMAGE, Conversation, Conversations
 from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
@@ -36,6 +35,7 @@ from quarterlight.training.distributed import gather_objects, rank, world_size
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
 from quarterlight.training.threads import InputThreads
 from quarterlight.training.trouble import PictureLog, stop_at
+from quarterlight.training.watched import WatchedTrainer
 
 _GROUNDING = ("<ref>", "</ref>", "<box>", "</box>")  # InternVL's marks of phrases and boxes
 _SLICE = 1024  # labelled tokens whose scores of the whole vocabulary exist at once: 0.6 GB in float32 at 151,674 words
@@ -300,7 +300,7 @@ class _Batches(Dataset[dict[str, Any]]):
         self._pool.close()
 
 
-class RestoreTrainer(Trainer):
+class RestoreTrainer(WatchedTrainer):
     """``Trainer`` with the next-token loss, and the same on held-out conversations as its evaluation."""
 
     def __init__(
@@ -348,25 +348,12 @@ class RestoreTrainer(Trainer):
         """
         found = gather_objects([(inputs["num_images"], inputs["unreadable"])])
         self._pictures.add(sum(number for number, _ in found), [reason for _, one in found for reason in one])
+        self._batch_ids = {"ids": inputs["ids"]}
         loss = model(inputs)
         if not torch.isfinite(loss):
-            stop_at(self._folder, self.state.global_step, loss.item(), what="loss", ids=inputs["ids"])
-        self._last_ids = inputs["ids"]
+            stop_at(self._folder, self.state.global_step, loss.item(), what="loss", **self._batch_ids)
         # processes average their gradients, where a sum is wanted
         return loss * world_size() / max(1, int(num_items_in_batch))
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As ``Trainer`` does; raises RecipeError on a norm that is not finite, before it reaches a weight."""
-        norm = super()._clip_grad_norm(model)
-        if norm is not None and not math.isfinite(norm):
-            stop_at(self._folder, self.state.global_step, float(norm), what="gradient", ids=self._last_ids)
-        return norm
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the utilisation to what is said about training."""
-        if "loss" in logs or "train_loss" in logs:
-            logs["utilisation"] = round(self.utilisation, 3)
-        super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of a labelled token, in nats: over each source's held-out conversations, and over all of them."""
@@ -432,7 +419,8 @@ def train_restore(
     Under a launcher of several processes they train together.  Where the weights are sharded, the first process's model
     has them whole in the end.  Resumes from ``folder`` if a run was stopped there.
     """
-    flash = "flash" in str(model.config.text_config._attn_implementation)
+    text_config: Any = model.config.text_config
+    flash = "flash" in str(text_config._attn_implementation)
     if flash and recipe.packs_per_device > 1:  # which tells packed samples apart in batches of one row only
         raise RecipeError("With flash attention packs_per_device must be 1: accumulate gradients, or take sdpa.")
     tokenize = ConversationTokenizer(processor, recipe.max_tiles)
