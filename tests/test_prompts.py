@@ -12,9 +12,12 @@ from quarterlight.prompts import (
     QUERY_INSTRUCTIONS,
     TARGET_INSTRUCTIONS,
     Prompt,
+    RerankPart,
+    RerankPrompt,
     Role,
     chat_template,
     query_instruction,
+    rerank_chat_template,
     target_instruction,
 )
 
@@ -128,3 +131,79 @@ def test_instructions() -> None:
     assert set(QUERY_INSTRUCTIONS) == {"t2t", "t2i", "t2it", "t2vd", "i2t", "i2i", "it2t", "it2i", "it2it"}
     with pytest.raises(InputError, match="no direction 'x2i'"):
         query_instruction("x2i")
+
+
+POINTWISE = (
+    "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
+    "the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
+)
+LISTWISE = (
+    "I will provide you with a query followed by multiple candidates in the format: (1) cand1 (2) cand2, etc. Each "
+    "candidate is independent of the others. Evaluate each candidate against the query, and respond with the number "
+    "corresponding to the candidate that best meets the requirements of the query."
+)
+QUERY = RerankPart(instruction="Find it.", num_images=1, text=" a cat ")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "golden"),
+    [
+        (
+            RerankPrompt(query=QUERY, candidates=(RerankPart(num_images=1, text="grey"),)),
+            f"{POINTWISE} Query: Find it. <image> a cat Candidate: <image> grey",
+        ),
+        (
+            RerankPrompt(query=RerankPart(instruction="Find it.", text="a cat"), candidates=(RerankPart(text="Tom"),)),
+            f"{POINTWISE} Query: Find it. a cat Candidate: Tom",
+        ),
+        (
+            RerankPrompt(
+                query=RerankPart(instruction="Find it.", text="a cat"),
+                candidates=(RerankPart(num_images=1), RerankPart(text="Tom"), RerankPart(num_images=2, text="two")),
+                listwise=True,
+            ),
+            f"{LISTWISE} Query: Find it. a cat Candidates: (1) <image> (2) Tom (3) <image> <image> two",
+        ),
+    ],
+)
+def test_golden_rerank(prompt: RerankPrompt, golden: str) -> None:
+    """Magic-MM-Embedding, section 3.4."""
+    assert prompt.render() == START + golden + END
+
+
+def test_rerank_segments_are_tokenised_as_the_whole(tokenizer: Any) -> None:
+    """Whatever a query ends with, the tokens of its prefix do not depend on the candidate."""
+    for text, other in itertools.product(["a cat", "end.", "1,5 %", "don't", "naïve 北京"], ["Tom", "(x)", "7", "..."]):
+        parts = (RerankPart(text=other), RerankPart(text=text))
+        for prompt in (
+            RerankPrompt(query=RerankPart(instruction="Find it.", text=text), candidates=parts[:1]),
+            RerankPrompt(query=RerankPart(instruction="Find it.", text=text), candidates=parts, listwise=True),
+        ):
+            pieces = [tokenizer(one.text)["input_ids"] for one in (*prompt.prefix(), *prompt.tail())]
+            assert [token for piece in pieces for token in piece] == tokenizer(prompt.render())["input_ids"]
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("text", ["", "a cat"])
+@pytest.mark.parametrize("system", ["", "You rank."])
+@pytest.mark.parametrize("instruction", ["", "Find it."])
+def test_rerank_chat_template_renders_the_same(
+    tokenizer: Any, images: int, text: str, system: str, instruction: str
+) -> None:
+    if not images and not text:
+        return
+    defaults = {"text": "By text.", "image": "By image.", "image,text": "By both."}
+    modality = "text" if not images else "image,text" if text else "image"
+    prompt = RerankPrompt(
+        query=RerankPart(instruction=instruction or defaults[modality], num_images=images, text=text),
+        candidates=(RerankPart(num_images=1, text="x"),),
+        system=system,
+    )
+    content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "text", "text": text}] * bool(text)
+    messages = [
+        *[{"role": "system", "content": instruction}] * bool(instruction),
+        {"role": "query", "content": content},
+        {"role": "document", "content": [{"type": "image"}, {"type": "text", "text": "x"}]},
+    ]
+    template = rerank_chat_template(image="<image>", instructions=defaults, system=system)
+    assert tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False) == prompt.render()

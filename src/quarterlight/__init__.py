@@ -1,6 +1,6 @@
 """Universal multimodal retrieval: one model embeds text, images, both together and document pages into one space.
 
->>> from quarterlight import Embedder, Item
+>>> from quarterlight import Embedder, Item, Reranker
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from quarterlight.registration import register
 
 if TYPE_CHECKING:
     from quarterlight.models.embedder import Embedder
+    from quarterlight.models.reranker import Reranker
 
-__all__ = ["Embedder", "Item", "__version__"]
+__all__ = ["Embedder", "Item", "Reranker", "__version__"]
 __version__ = "0.1.0"
 
-_LAZY = {"Embedder": "quarterlight.models.embedder"}  # public names whose modules import torch
+_LAZY = {  # public names whose modules import torch
+    "Embedder": "quarterlight.models.embedder",
+    "Reranker": "quarterlight.models.reranker",
+}
 
 register()
 

@@ -11,6 +11,10 @@ label and its blank with it.  Segments are cut before blanks, where byte-level p
 tokenising one segment after the other gives the tokens of the whole string, and every token is known to belong to the
 frame, the instruction, a picture or the text.  :func:`chat_template` says the same in Jinja, for programs that know
 nothing of this package.
+
+A reranker reads a query and one candidate, or several, in one such turn (section 3.4): :class:`RerankPrompt` and
+:func:`rerank_chat_template`.  The paper's line breaks before ``Query:`` and ``Candidate:`` are blanks here, since a
+byte-level tokeniser joins a line break to the mark before it, and the tokens of a query would depend on what follows.
 """
 
 from __future__ import annotations
@@ -77,6 +81,20 @@ def target_instruction(modality: str, page: bool = False) -> str:
     return TARGET_INSTRUCTIONS["page" if page and modality == "image" else modality]
 
 
+POINTWISE = (
+    "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements of "
+    "the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
+)
+"""What a reranker is asked about a query and a candidate (Magic-MM-Embedding, section 3.4)."""
+
+LISTWISE = (
+    "I will provide you with a query followed by multiple candidates in the format: (1) cand1 (2) cand2, etc. Each "
+    "candidate is independent of the others. Evaluate each candidate against the query, and respond with the number "
+    "corresponding to the candidate that best meets the requirements of the query."
+)
+"""What it is asked about a query and several candidates, likewise."""
+
+
 class Segment(NamedTuple):
     """A run of a prompt. ``text`` is empty for an image, which a backbone spells with its own tokens. The label of the
     instruction counts as instruction, that of the text as frame."""
@@ -125,6 +143,68 @@ class Prompt:
         return "".join(image if segment.kind == "image" else segment.text for segment in self.segments())
 
 
+@dataclass(frozen=True, kw_only=True)
+class RerankPart:
+    """A query, or a candidate, of a :class:`RerankPrompt`; surrounding blanks are removed.
+
+    instruction: what the query looks for; candidates have none.
+    """
+
+    instruction: str = ""
+    num_images: int = 0
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        for part in ("instruction", "text"):
+            object.__setattr__(self, part, getattr(self, part).strip())
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Instruction, pictures and text, each with the blank before it."""
+        parts = [Segment("instruction", f" {self.instruction}")] * bool(self.instruction)
+        for _ in range(self.num_images):
+            parts += [Segment("frame", " "), Segment("image", "")]
+        return (*parts, *[Segment("text", f" {self.text}")] * bool(self.text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankPrompt:
+    """A query with one candidate, to be answered Yes or No, or with several, to be answered by the number of the best.
+
+        <|im_start|>user
+        I will provide you with a query and a candidate. ... Query: {query} Candidate: {candidate}<|im_end|>
+        <|im_start|>assistant
+
+    (Magic-MM-Embedding, section 3.4.)  The prompt is a prefix that depends on the query alone, then the candidates,
+    then a closing that is always the same, so that one query's prefix serves all of its candidates.
+
+    listwise: the template of several candidates, which are numbered from 1.
+    """
+
+    query: RerankPart
+    candidates: tuple[RerankPart, ...]
+    listwise: bool = False
+    system: str = ""
+
+    def prefix(self) -> tuple[Segment, ...]:
+        """All up to the candidates."""
+        system = [Segment("frame", f"<|im_start|>system\n{self.system.strip()}<|im_end|>\n")] if self.system else []
+        asked = LISTWISE if self.listwise else POINTWISE
+        opening = Segment("frame", f"<|im_start|>user\n{asked} Query:")
+        label = Segment("frame", " Candidates:" if self.listwise else " Candidate:")
+        return (*system, opening, *self.query.segments(), label)
+
+    def tail(self) -> tuple[Segment, ...]:
+        """The candidates and the closing."""
+        parts: list[Segment] = []
+        for number, candidate in enumerate(self.candidates, start=1):
+            parts += [Segment("frame", f" ({number})")] * self.listwise + [*candidate.segments()]
+        return (*parts, Segment("frame", "<|im_end|>\n<|im_start|>assistant\n"))
+
+    def render(self, image: str = "<image>") -> str:
+        """The prompt as one string, each picture written as ``image``."""
+        return "".join(image if segment.kind == "image" else segment.text for segment in (*self.prefix(), *self.tail()))
+
+
 def chat_template(*, image: str, defaults: Mapping[Role, Mapping[str, str]], system: str = "") -> str:
     """A Jinja chat template that renders what :meth:`Prompt.render` does.
 
@@ -143,6 +223,54 @@ def chat_template(*, image: str, defaults: Mapping[Role, Mapping[str, str]], sys
         source = source.replace(f"@{name}@", json.dumps(value, ensure_ascii=False))
     return source.strip()
 
+
+def rerank_chat_template(*, image: str, instructions: Mapping[str, str], system: str = "") -> str:
+    """A Jinja chat template that renders what :meth:`RerankPrompt.render` does with one candidate.
+
+    The messages are those of sentence-transformers' ``CrossEncoder``: one of the role ``query`` and one of the role
+    ``document``; a system message is the instruction of the query, which otherwise follows from its modality.
+    image, system: as in :func:`chat_template`.  instructions: modality of a query -> its instruction.
+    """
+    source = _RERANK_TEMPLATE
+    for name, value in {
+        "INSTRUCTIONS": dict(instructions),
+        "OPENING": (f"<|im_start|>system\n{system.strip()}<|im_end|>\n" if system.strip() else "")
+        + f"<|im_start|>user\n{POINTWISE} Query:",
+        "IMAGE": image,
+    }.items():
+        source = source.replace(f"@{name}@", json.dumps(value, ensure_ascii=False))
+    return source.strip()
+
+
+_RERANK_TEMPLATE = r"""
+{%- set ns = namespace(images=0, text='', instruction='', query='', candidate='') -%}
+{%- for message in messages -%}
+{%- set ns.images = 0 -%}
+{%- set ns.text = '' -%}
+{%- if message.content is string -%}
+{%- set blocks = [{'type': 'text', 'text': message.content}] -%}
+{%- else -%}
+{%- set blocks = message.content -%}
+{%- endif -%}
+{%- for block in blocks -%}
+{%- if block.type == 'image' -%}
+{%- set ns.images = ns.images + 1 -%}
+{%- elif block.type == 'text' -%}
+{%- set ns.text = (ns.text ~ ' ' ~ block.text) | trim -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set shown = (' ' ~ @IMAGE@) * ns.images ~ ((' ' ~ ns.text) if ns.text else '') -%}
+{%- if message.role == 'system' -%}
+{%- set ns.instruction = ns.text -%}
+{%- elif message.role == 'query' -%}
+{%- set modality = 'text' if not ns.images else ('image,text' if ns.text else 'image') -%}
+{%- set ns.query = ' ' ~ (ns.instruction or @INSTRUCTIONS@[modality]) ~ shown -%}
+{%- else -%}
+{%- set ns.candidate = shown -%}
+{%- endif -%}
+{%- endfor -%}
+{{- @OPENING@ ~ ns.query ~ ' Candidate:' ~ ns.candidate ~ '<|im_end|>\n<|im_start|>assistant\n' -}}
+"""
 
 _TEMPLATE = r"""
 {%- set ns = namespace(role='query' if task == 'query' else 'document', instruction='', images=0, text='') -%}

@@ -157,7 +157,7 @@ def test_save_replaces_an_embedder_and_nothing_else(copy: Path, tmp_path: Path) 
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.txt").write_text("")
-    with pytest.raises(CheckpointError, match="something else than an embedder"):
+    with pytest.raises(CheckpointError, match="something else than a model"):
         save_checkpoint(other, embedder.model, embedder.processor, embedder.settings)
     assert (other / "chapter1.txt").exists()
 

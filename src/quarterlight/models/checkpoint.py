@@ -17,7 +17,10 @@ under the path that the adapter names, which breaks when a folder is moved; so o
 What sentence-transformers cannot do for us: it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
 of a call (``processing_kwargs={"image": {"max_patches": 4}}``), not of an item, and does not change the instruction; a
 string that is the path or URL of a picture is taken for that picture.  Special tokens in texts are plain text there too
-(``sanitize_control_tokens`` in ``sentence_bert_config.json``).
+(our processor's ``apply_chat_template``).
+
+A trained reranker is such a folder too, which ``CrossEncoder(path)`` opens; it keeps its adapter in ``adapter/``.  An
+embedder's folder can have one inside, in ``reranker/``: see :mod:`quarterlight.models.pair`.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.internvl.configuration_internvl import InternVLConfig
@@ -48,12 +51,25 @@ from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration, InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.pooling import Attention, PoolingMode
-from quarterlight.models.settings import EmbedderSettings
-from quarterlight.prompts import LABELS, Prompt, chat_template
+from quarterlight.models.rerank_inputs import AnswerTokens
+from quarterlight.models.settings import EmbedderSettings, RerankerSettings
+from quarterlight.prompts import LABELS, Prompt, RerankPart, RerankPrompt, chat_template, rerank_chat_template
 
 SETTINGS_FILE = "quarterlight.json"
 ADAPTER = "embedder"
 """Folder, in that of a model, of the adapter that makes an embedder of it."""
+
+RERANKER = "reranker"
+"""Folder, in that of an embedder, of the reranker that shares its vision tower and connector."""
+
+RERANKER_ADAPTER = "adapter"
+"""Folder, in that of a reranker, of the adapter that makes a reranker of the weights."""
+
+VISION = ("vision_tower.", "multi_modal_projector.")
+"""How the names of weights begin, after the name of the model, that are the eyes of embedder and reranker."""
+
+PEFT_PREFIX = "base_model.model."
+"""Of the names in adapter files, for those who wrap a model rather than change it."""
 
 FORMAT = 1
 """Version of the layout above; a higher one cannot be read by this program."""
@@ -123,13 +139,15 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     language_head: bool = False,
+    merge: bool = True,
 ) -> tuple[Any, InternVLVTCProcessor]:
     """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
 
     Plain ``InternVL3-*-hf`` folders load as well as our own, since compression has no weights.
     visual_token_compression: replaces the saved s.
-    language_head: adds the head that writes words.  It belongs to the weights without a kept adapter, so that one is
-        left out; without a head it is merged.
+    language_head: adds the head that writes words.  It belongs to the weights without a kept adapter of an embedder,
+        so that one is left out; without a head, and in a reranker, it is merged.
+    merge: ``False`` leaves every adapter out.
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
@@ -139,8 +157,10 @@ def load_backbone(
         try:
             model, report = kind.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
             missing = {*report["missing_keys"]}
-            if not language_head and _keeps_adapter(folder):
-                missing |= _merge_saved_adapter(model, folder)
+            description = read_description(folder)  # also where its adapter was lost
+            if merge and description.get("adapter") and (not language_head or description["kind"] == "reranker"):
+                missing |= load_adapter(model.base_model, folder / description["adapter"])
+                merge_lora(model)
             processor = InternVLVTCProcessor.from_pretrained(folder)
             processor.agree_with(config)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -150,39 +170,57 @@ def load_backbone(
     return model.to(device).eval(), processor
 
 
-def _keeps_adapter(folder: Path) -> bool:
-    """What the folder says of itself, so that one whose adapter was lost is not opened as if it had none."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """What ``quarterlight.json`` of a folder says; empty for one that is not ours.
+
+    Raises CheckpointError when it cannot be read or is of a later format.
+    """
     file = folder / SETTINGS_FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("adapter"))
+    if not file.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {content.get('format')!r}, not {FORMAT}: update quarterlight.")
+    return content
 
 
-def _merge_saved_adapter(model: Any, folder: Path) -> set[str]:
-    """Adds the adapter of a folder to the model; returns the names of the weights that it lacks."""
+def load_adapter(model: Any, folder: Path) -> set[str]:
+    """Puts the adapter of a folder into the model; returns the names of the weights that it lacks."""
     if not is_peft_available():
-        raise CheckpointError(f"{folder} keeps its adapter apart, which needs peft: pip install 'quarterlight[train]'.")
+        raise CheckpointError(f"{folder} holds an adapter, which needs peft: pip install 'quarterlight[train]'.")
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     # Not model.load_adapter: after it, transformers saves the model's own weights under names that it cannot read.
-    inject_adapter_in_model(PeftConfig.from_pretrained(str(folder / ADAPTER)), model)
-    weights = load_file(folder / ADAPTER / "adapter_model.safetensors")
-    prefix = "base_model.model."  # of adapter files, for those who wrap a model rather than change it
-    report: Any = set_peft_model_state_dict(model, {name.removeprefix(prefix): one for name, one in weights.items()})
-    merge_lora(model)
+    inject_adapter_in_model(PeftConfig.from_pretrained(str(folder)), model)
+    weights = load_file(folder / "adapter_model.safetensors")
+    # a reranker's layers are called as in the model with a language head
+    names = {name: name.removeprefix(PEFT_PREFIX).removeprefix("model.") for name in weights}
+    report: Any = set_peft_model_state_dict(model, {names[name]: one for name, one in weights.items()})
     return {name for name in report.missing_keys if ".lora_" in name}
 
 
 def load_settings(folder: Path) -> EmbedderSettings:
     """The settings of an embedder's folder; the defaults for a backbone that was never trained as one."""
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
+    content = read_description(folder)
+    if not content:
         return EmbedderSettings()
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{file} has format {content.get('format')!r}, not {FORMAT}: update quarterlight.")
+    if content.get("kind") == "reranker":
+        raise CheckpointError(f"{folder} holds a reranker, not an embedder.")
     return EmbedderSettings.from_dict(content["settings"])
+
+
+def load_reranker_settings(folder: Path) -> RerankerSettings:
+    """The settings of a reranker's folder. Raises CheckpointError when it holds something else."""
+    content = read_description(folder)
+    if content.get("kind") != "reranker":
+        raise CheckpointError(
+            f"{folder} holds no reranker but {content.get('kind') or 'another kind of model'}: train one with the "
+            "stage rerank of a recipe, or name the folder of another."
+        )
+    return RerankerSettings.from_dict(content["settings"])
 
 
 def save_checkpoint(
@@ -201,48 +239,126 @@ def save_checkpoint(
     model: an ``InternVLVTCModel``, or one with a language head, which is left out unless ``language_head`` is set.
     dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
     adapter: saves the LoRA adapter that the model has beside the weights that it was trained on.
-    Raises CheckpointError when the folder exists and is not an embedder's, or the model lacks the head or the adapter,
-        or has an adapter that is neither merged nor to be saved.
+    Raises CheckpointError when the folder exists and is not a model's, or the model lacks the head or the adapter, or
+        has an adapter that is neither merged nor to be saved.
     """
-    target = Path(folder)
-    if target.exists() and any(target.iterdir()) and not (target / SETTINGS_FILE).is_file():
-        raise CheckpointError(f"{target} holds something else than an embedder: choose another folder to save to.")
     backbone: Any = model.base_model
     if language_head and backbone is model:
         raise CheckpointError("The model has no language head to save: load it with language_head=True.")
+    causal = settings.attention is Attention.CAUSAL
+    with _draft(Path(folder)) as draft:
+        processor.image_processor.max_patches = settings.max_tiles
+        processor.chat_template = chat_template(
+            image=processor.image_token, defaults=settings.instructions, system=settings.system_prompt
+        )
+        kept = model if language_head else backbone
+        _save_weights(draft, kept, processor, dtype=dtype, adapter=ADAPTER if adapter else None, causal=causal)
+        if settings.pooling is PoolingMode.LAST_TOKEN:  # no stock module leaves an instruction out of a mean
+            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size, adapter)
+        templates: dict[str, str] = {
+            role: Prompt(
+                role=role, instruction="{instruction}", num_images=1, text="{text}", system=settings.system_prompt
+            ).render()
+            for role in LABELS
+        }
+        description = _describe("embedder", draft, backbone.config, settings, templates, manifest)
+        description |= {"language_head": language_head, "adapter": ADAPTER if adapter else None}
+        _write_json(draft / SETTINGS_FILE, description)
+    return Path(folder)
+
+
+def save_reranker(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    processor: InternVLVTCProcessor,
+    settings: RerankerSettings,
+    *,
+    dtype: torch.dtype | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    adapter: bool = False,
+) -> Path:
+    """Writes a reranker's folder, which ``CrossEncoder(folder)`` opens, as :func:`save_checkpoint` does an embedder's.
+
+    model: an ``InternVLVTCForConditionalGeneration``.  The other arguments and errors are as there.
+    Raises CheckpointError also when the tokenizer spells an answer in several tokens.
+    """
+    if model.base_model is model:
+        raise CheckpointError("The model has no language head, with which a reranker answers.")
+    answers = AnswerTokens.of(processor.tokenizer, folder)
+    with _draft(Path(folder)) as draft:
+        processor.image_processor.max_patches = settings.max_tiles
+        template = rerank_chat_template(
+            image=processor.image_token, instructions=settings.instructions, system=settings.system_prompt
+        )
+        processor.chat_template = template
+        _save_weights(draft, model, processor, dtype=dtype, adapter=RERANKER_ADAPTER if adapter else None, causal=True)
+        _write_cross_encoder_files(draft, answers, adapter)
+        parts = (RerankPart(num_images=1, text="{text}"),)
+        query = RerankPart(instruction="{instruction}", num_images=1, text="{text}")
+        templates = {
+            name: RerankPrompt(
+                query=query, candidates=parts * many, listwise=many > 1, system=settings.system_prompt
+            ).render()
+            for name, many in {"pointwise": 1, "listwise": 2}.items()
+        }
+        description = _describe("reranker", draft, model.config, settings, templates, manifest)
+        _write_json(draft / SETTINGS_FILE, description | {"adapter": RERANKER_ADAPTER if adapter else None})
+    return Path(folder)
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A folder to write into, which then takes the place of ``target``."""
+    if target.exists() and any(target.iterdir()) and not (target / SETTINGS_FILE).is_file():
+        raise CheckpointError(f"{target} holds something else than a model: choose another folder to save to.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch, _quietly():
+        draft = Path(scratch) / "draft"
+        yield draft
+        if target.exists():
+            shutil.rmtree(target)
+        draft.replace(target)
+
+
+def _save_weights(
+    draft: Path,
+    model: Any,
+    processor: InternVLVTCProcessor,
+    *,
+    dtype: torch.dtype | None,
+    adapter: str | None,
+    causal: bool,
+) -> None:
+    """Weights, configuration, tokenizer and processor. adapter: folder for the one that the model has."""
+    backbone = model.base_model
     if adapter and not has_adapter(backbone):
         raise CheckpointError("The model has no LoRA adapter to save: add one with add_lora, and do not merge it.")
     if has_adapter(backbone) and not adapter:
         raise CheckpointError("The model has a LoRA adapter inside: call merge_lora first, or save with adapter=True.")
-    causal = settings.attention is Attention.CAUSAL
     for config in (backbone.config, backbone.config.text_config):  # vLLM reads the first, transformers the second
         config.is_causal = causal
     processor.agree_with(backbone.config)
-    processor.image_processor.max_patches = settings.max_tiles
-    processor.chat_template = chat_template(
-        image=processor.image_token, defaults=settings.instructions, system=settings.system_prompt
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch, _quietly():
-        draft = Path(scratch) / "draft"
-        kept = model if language_head else backbone
-        _shell(kept).save_pretrained(draft, state_dict=_cast(weights_without_adapter(kept), dtype))
-        if dtype:
-            _edit_json(draft / "config.json", dtype=str(dtype).removeprefix("torch."))
-        if adapter:
-            backbone.save_pretrained(draft / ADAPTER, state_dict=_cast(backbone.state_dict(), dtype))
-            # where the base lay when it was loaded is of no use elsewhere
-            _edit_json(draft / ADAPTER / "adapter_config.json", base_model_name_or_path=None, inference_mode=True)
-        processor.save_pretrained(draft)
-        if settings.pooling is PoolingMode.LAST_TOKEN:  # no stock module leaves an instruction out of a mean
-            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size, adapter)
-        description = _describe(draft, backbone.config, settings, manifest)
-        description |= {"language_head": language_head, "adapter": ADAPTER if adapter else None}
-        _write_json(draft / SETTINGS_FILE, description)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.replace(target)
-    return target
+    _shell(model).save_pretrained(draft, state_dict=_cast(weights_without_adapter(model), dtype))
+    if dtype:
+        _edit_json(draft / "config.json", dtype=str(dtype).removeprefix("torch."))
+    if adapter:
+        backbone.save_pretrained(draft / adapter, state_dict=_cast(backbone.state_dict(), dtype))
+        # where the base lay when it was loaded is of no use elsewhere
+        _edit_json(draft / adapter / "adapter_config.json", base_model_name_or_path=None, inference_mode=True)
+        if model is not backbone and adapter == RERANKER_ADAPTER:
+            _name_for_head(draft / adapter)
+    processor.save_pretrained(draft)
+
+
+def _name_for_head(folder: Path) -> None:
+    """Names the layers of an adapter as they are called in a model with a language head, where others put it."""
+    file = folder / "adapter_config.json"
+    targets = json.loads(file.read_text(encoding="utf-8"))["target_modules"]
+    if isinstance(targets, str):  # a pattern of whole names; a list is of last names
+        _edit_json(file, target_modules=rf"(model\.)?{targets}")
+    weights = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace(PEFT_PREFIX, f"{PEFT_PREFIX}model.", 1): one.clone() for name, one in weights.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _shell(model: Any) -> Any:
@@ -267,21 +383,22 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
 
 
 def _describe(
-    draft: Path, config: Any, settings: EmbedderSettings, manifest: Mapping[str, Any] | None
+    kind: str,
+    draft: Path,
+    config: Any,
+    settings: EmbedderSettings | RerankerSettings,
+    templates: Mapping[str, str],
+    manifest: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    """templates: for people; prompts.py is what is obeyed."""
     return {
         "format": FORMAT,
-        "kind": "embedder",
+        "kind": kind,
         "dimension": config.text_config.hidden_size,
         "visual_token_compression": config.visual_token_compression,
         "tokens_per_tile": config.image_seq_length,
         "settings": settings.to_dict(),
-        "templates": {  # for people; prompts.py is what is obeyed
-            role: Prompt(
-                role=role, instruction="{instruction}", num_images=1, text="{text}", system=settings.system_prompt
-            ).render()
-            for role in LABELS
-        },
+        "templates": dict(templates),
         "weights_hash": weights_hash(saved_tensors(draft)),
         "manifest": dict(manifest or {}),
     }
@@ -311,7 +428,6 @@ def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bo
                 "message": {**forward, "format": "structured"},
             },
             "module_output_name": "token_embeddings",
-            "processing_kwargs": {"chat_template": {"sanitize_control_tokens": True}},
             **({"model_kwargs": {"adapter_kwargs": {"subfolder": ADAPTER}}} if adapter else {}),
         },
     )
@@ -328,9 +444,47 @@ def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bo
     )
 
 
-def saved_adapter(folder: Path) -> dict[str, Any]:
+def _write_cross_encoder_files(folder: Path, answers: AnswerTokens, adapter: bool) -> None:
+    """What makes ``CrossEncoder(folder)`` assemble the same reranker from its stock modules."""
+    package = "sentence_transformers"
+    modules = {
+        "": f"{package}.base.modules.transformer.Transformer",
+        "1_LogitScore": f"{package}.cross_encoder.modules.logit_score.LogitScore",
+    }
+    rows = [
+        {"idx": index, "name": str(index), "path": path, "type": kind}
+        for index, (path, kind) in enumerate(modules.items())
+    ]
+    forward = {"method": "forward", "method_output_name": "logits"}
+    _write_json(folder / "modules.json", rows)
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "any-to-any",
+            "modality_config": {
+                "text": forward,
+                "image": forward,
+                "message": {**forward, "format": "structured"},
+            },
+            "module_output_name": "causal_logits",
+            **({"model_kwargs": {"adapter_kwargs": {"subfolder": RERANKER_ADAPTER}}} if adapter else {}),
+        },
+    )
+    _write_json(folder / "1_LogitScore/config.json", {"true_token_id": answers.yes, "false_token_id": answers.no})
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "CrossEncoder",
+            "prompts": {},
+            "default_prompt_name": None,
+            "activation_fn": "torch.nn.modules.activation.Sigmoid",
+        },
+    )
+
+
+def saved_adapter(folder: Path, name: str = ADAPTER) -> dict[str, Any]:
     """What a folder says of its kept adapter, such as rank and alpha; empty if it has none."""
-    file = folder / ADAPTER / "adapter_config.json"
+    file = folder / name / "adapter_config.json"
     if not file.is_file():
         return {}
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -343,10 +497,9 @@ def saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     Raises CheckpointError if it has none.
     """
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{folder} has no weights in safetensors files.")
-    shards += (folder / ADAPTER).glob("*.safetensors")
+    shards = weight_files(folder)
+    for name in (ADAPTER, RERANKER_ADAPTER):
+        shards += sorted((folder / name).glob("adapter_model.safetensors"))
     owners: dict[str, Path] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as tensors:
@@ -354,6 +507,42 @@ def saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(owners):
         with safe_open(owners[name], framework="pt") as tensors:
             yield name, tensors.get_tensor(name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder's weights, or those that its index names, in the order in which they are read.
+
+    Of weights that are in two files, those of the later one count.  Raises CheckpointError if there are none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of weights: {error}") from error
+        shards = [folder / name for name in sorted(names)]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise CheckpointError(f"{folder} has no weights in safetensors files.")
+    return shards
+
+
+def vision_hash(folder: Path | None, model: Any, processor: InternVLVTCProcessor) -> str:
+    """SHA-256, in hex, of all that changes a visual token: vision tower, connector, s, and how pictures become tiles.
+
+    folder: of the saved weights; ``None`` takes those of the model in memory, whose dtype then counts.
+    """
+    weights = saved_tensors(folder) if folder else sorted(model.base_model.state_dict().items())
+    eyes = {"".join(name.partition(part)[1:]): one for name, one in weights for part in VISION if part in name}
+    image_processor = processor.image_processor.to_dict()
+    image_processor.pop("max_patches")  # of the model; an item says its own
+    recipe = {
+        "weights": weights_hash(sorted(eyes.items())),
+        "image_processor": image_processor,
+        "visual_token_compression": model.config.visual_token_compression,
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +31,7 @@ from quarterlight.models.checkpoint import (
     resolve_checkpoint,
     saved_adapter,
     saved_tensors,
+    vision_hash,
     weights_hash,
 )
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
@@ -173,6 +174,11 @@ class Embedder:
             recipe["adapter"] = adapter
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
+    @cached_property
+    def vision_hash(self) -> str:
+        """SHA-256, in hex, of all that changes a visual token: vision tower, connector, s, and how tiles are made."""
+        return vision_hash(self._folder, self.model, self.processor)
+
     def encode_query(
         self,
         items: ItemLike | Sequence[ItemLike],
@@ -202,6 +208,43 @@ class Embedder:
         """Embeddings of what is searched for; arguments and result as in :meth:`encode_query`."""
         return self._encode(items, "document", instruction, truncate_dim, show_progress)
 
+    def encode_document_with_visual_tokens(
+        self, items: ItemLike | Sequence[ItemLike], *, instruction: str | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        """As :meth:`encode_document`, and what the language model was given of the pictures of each item.
+
+        The latter are the visual tokens of all tiles of all its pictures in order, float16 ``[tokens, columns]``, which
+        :class:`quarterlight.models.reranker.Reranker` takes in place of the pictures; ``None`` for an item without any.
+        """
+        tokens: dict[int, np.ndarray] = {}
+        rows_ND = self._encode(items, "document", instruction, None, False, tokens)
+        return rows_ND, [tokens.get(position) for position in range(len(rows_ND))]
+
+    @torch.inference_mode()
+    def visual_tokens(self, items: Sequence[Item]) -> list[VisualTokens]:
+        """What the language model is given of the pictures of each item; nothing more is computed.
+
+        Raises ImageError, naming the position, for a picture that cannot be read.
+        """
+        where = [position for position, one in enumerate(items) if one.images]
+        shown = [Item(image=items[n].image, max_tiles=items[n].max_tiles) for n in where]
+        blank = torch.empty(
+            0,
+            self.processor.image_seq_length,
+            self._full_dimension,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        found = [VisualTokens(blank, ()) for _ in items]
+        seen = LastUsed(FEATURE_CACHE_BYTES)
+        for window in self._windows(self._plan(shown, "document", ""), where):
+            features = iter(self._see([picture for job in window for picture in job.pictures], seen))
+            for job in window:
+                parts = [next(features) for _ in job.pictures]
+                found[where[job.position]] = VisualTokens(torch.cat(parts), tuple(map(len, parts)))
+                job.pictures.clear()
+        return found
+
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Cosine of every query with every document, float32 ``[Q, C]``, of embeddings of norm 1; higher is closer."""
         queries, documents = (np.atleast_2d(np.asarray(one, dtype=np.float32)) for one in (queries, documents))
@@ -228,21 +271,25 @@ class Embedder:
         instruction: str | None,
         truncate_dim: int | None,
         show_progress: bool,
+        tokens: dict[int, np.ndarray] | None = None,
     ) -> np.ndarray:
         columns = self._checked_dim(truncate_dim) or self.dimension
-        jobs = self._plan(_as_list(items), role, instruction)
+        jobs = self._plan(as_list(items), role, instruction)
         embeddings_ND = np.empty((len(jobs), columns), dtype=np.float32)
         done: dict[Any, np.ndarray] = {}  # what the model saw -> its embedding
-        seen = _LastUsed(FEATURE_CACHE_BYTES)
+        shown: dict[Any, np.ndarray] | None = None if tokens is None else {}  # and the visual tokens of its pictures
+        seen = LastUsed(FEATURE_CACHE_BYTES)
         with tqdm(total=len(jobs), desc=f"embed {role}", unit="item", disable=not show_progress) as progress:
             for window in self._windows(jobs):
                 fresh = {job.key: job for job in window if job.key not in done}
                 for batch in self._batches(sorted(fresh.values(), key=self._num_tokens)):
-                    rows_BD = self._embed(batch, seen)[:, :columns]
+                    rows_BD = self._embed(batch, seen, shown)[:, :columns]
                     rows_BD /= np.linalg.norm(rows_BD, axis=1, keepdims=True)
                     done.update(zip((job.key for job in batch), rows_BD, strict=True))
                 for job in window:
                     embeddings_ND[job.position] = done[job.key]
+                    if tokens is not None and shown is not None and job.key in shown:
+                        tokens[job.position] = shown[job.key]
                     job.pictures.clear()
                 progress.update(len(window))
         if not np.isfinite(embeddings_ND).all():
@@ -264,8 +311,11 @@ class Embedder:
         ]
         return sorted(jobs, key=self._most_tokens, reverse=True)
 
-    def _windows(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Runs of jobs with their pictures decoded; while one is being used, the pictures of the next are decoded."""
+    def _windows(self, jobs: Sequence[_Job], positions: Sequence[int] | None = None) -> Iterator[list[_Job]]:
+        """Runs of jobs with their pictures decoded; while one is being used, the pictures of the next are decoded.
+
+        positions: by which messages call the jobs, if not by their own.
+        """
         size = self.processor.image_processor.size
         bytes_per_tile = size.height * size.width * 3
         waiting: list[_Job] = []
@@ -278,12 +328,12 @@ class Embedder:
             if num_bytes >= WINDOW_BYTES or num_tokens >= 2 * self.tokens_per_batch:
                 self._decode(window)
                 if waiting:
-                    yield self._collect(waiting)
+                    yield self._collect(waiting, positions)
                 waiting, window, num_bytes, num_tokens = window, [], 0, 0
         self._decode(window)
         for rest in (waiting, window):
             if rest:
-                yield self._collect(rest)
+                yield self._collect(rest, positions)
 
     def _decode(self, window: Sequence[_Job]) -> None:
         """Hands the pictures of a window to the workers, each source once."""
@@ -301,12 +351,13 @@ class Embedder:
         tiles = self.processor.image_processor.tiles(load_image(source), max_tiles)
         return _Picture(tiles, hashlib.blake2b(tiles, digest_size=16).digest())
 
-    def _collect(self, window: list[_Job]) -> list[_Job]:
+    def _collect(self, window: list[_Job], positions: Sequence[int] | None) -> list[_Job]:
         for job in window:
             try:
                 job.pictures.extend(future.result() for future in job.futures)
             except ImageError as error:
-                raise ImageError(f"Item {job.position}: {error}") from error
+                position = job.position if positions is None else positions[job.position]
+                raise ImageError(f"Item {position}: {error}") from error
             job.futures.clear()
             job.key = (job.prompt, *(picture.digest for picture in job.pictures))
         return window
@@ -323,20 +374,29 @@ class Embedder:
             yield batch
 
     @torch.inference_mode()
-    def _embed(self, batch: Sequence[_Job], seen: _LastUsed) -> np.ndarray:
-        """Embeddings of a batch, float32 ``[B, D]``, all columns."""
+    def _embed(self, batch: Sequence[_Job], seen: LastUsed, shown: dict[Any, np.ndarray] | None = None) -> np.ndarray:
+        """Embeddings of a batch, float32 ``[B, D]``, all columns.
+
+        shown: where the visual tokens of each job are put, by its key.
+        """
         counts = [[len(picture.tiles) for picture in job.pictures] for job in batch]
         inputs: dict[str, Any] = {
             name: tensor.to(self.model.device)
             for name, tensor in self._formatter.collate([job.prompt for job in batch], counts).items()
         }
         if pictures := [picture for job in batch for picture in job.pictures]:
-            features = BaseModelOutputWithPooling(pooler_output=torch.cat(self._see(pictures, seen)))
-            inputs["mm_encoder_outputs"] = {"image": features}
+            parts = self._see(pictures, seen)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(parts))}
+            if shown is not None:
+                rest = iter(parts)
+                for job in batch:
+                    if job.pictures:
+                        tokens = torch.cat([next(rest).flatten(0, 1) for _ in job.pictures])
+                        shown[job.key] = tokens.to(torch.float16).cpu().numpy()
         settings = self.settings
         return embed(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
 
-    def _see(self, pictures: Sequence[_Picture], seen: _LastUsed) -> list[Tensor]:
+    def _see(self, pictures: Sequence[_Picture], seen: LastUsed) -> list[Tensor]:
         """The visual tokens of pictures, ``[T, tokens, D]`` each; the same picture goes through the tower once."""
         unseen = {one.digest: one for one in pictures if one.digest not in seen}
         features = {one.digest: seen[one.digest] for one in pictures if one.digest in seen}
@@ -363,6 +423,22 @@ class Embedder:
     def _most_tokens(self, job: _Job) -> int:
         images = len(job.item.images)
         return job.prompt.num_tokens + images * self._formatter.num_image_tokens(job.most_tiles // max(images, 1))
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What the language model is given of the pictures of one item.
+
+    tokens: ``[tiles, tokens of a tile, columns]`` of all its pictures in order.  tiles: of each picture.
+    """
+
+    tokens: Tensor
+    tiles: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self.tokens.nbytes
 
 
 @dataclass
@@ -401,29 +477,30 @@ class _InPlace:
         return future
 
 
-class _LastUsed:
-    """Tensors by key, the least recently used dropped when they take more than ``max_bytes`` together."""
+class LastUsed:
+    """Tensors, or what else has ``nbytes``, by key; the least recently used are dropped when they take more than
+    ``max_bytes`` together."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._tensors: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._tensors: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         return key in self._tensors
 
-    def __getitem__(self, key: bytes) -> Tensor:
+    def __getitem__(self, key: Hashable) -> Any:
         self._tensors.move_to_end(key)
         return self._tensors[key]
 
-    def put(self, key: bytes, tensor: Tensor) -> None:
+    def put(self, key: Hashable, tensor: Any) -> None:
         self._tensors[key] = tensor
         self._num_bytes += tensor.nbytes
         while self._num_bytes > self._max_bytes:
             self._num_bytes -= self._tensors.popitem(last=False)[1].nbytes
 
 
-def _as_list(items: ItemLike | Sequence[ItemLike]) -> Sequence[ItemLike]:
+def as_list(items: ItemLike | Sequence[ItemLike]) -> Sequence[ItemLike]:
     if isinstance(items, (str, bytes, os.PathLike, Image.Image, Mapping, Item, ArchiveMember)):
         return [items]  # type: ignore[list-item]
     return list(items)

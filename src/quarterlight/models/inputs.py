@@ -20,7 +20,7 @@ from quarterlight.errors import InputError
 from quarterlight.images import load_image
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.settings import EmbedderSettings
-from quarterlight.prompts import Prompt, Role
+from quarterlight.prompts import Prompt, Role, Segment
 from quarterlight.records import Item, ItemLike
 
 
@@ -62,6 +62,57 @@ class PlainText:
         return [tuple(chain.from_iterable(self._heeded.get(one) or next(encoded) for one in parts)) for parts in pieces]
 
 
+class SegmentTokenizer:
+    """Token ids of prompts, segment by segment; texts and instructions are plain text whatever they contain.
+
+    text_max_tokens: tokens above which the end of a text is cut off.
+    """
+
+    def __init__(self, processor: InternVLVTCProcessor, text_max_tokens: int) -> None:
+        self.processor = processor
+        self.text_max_tokens = text_max_tokens
+        self._plain = PlainText(processor.tokenizer)
+        self._ids = lru_cache(maxsize=1024)(self._encode)
+
+    def __call__(self, prompts: Sequence[Sequence[Segment]]) -> list[TokenizedPrompt]:
+        """The tokens of each prompt."""
+        texts = dict.fromkeys(one.text for one in chain.from_iterable(prompts) if one.kind == "text")
+        limit = self.text_max_tokens
+        text_ids = {text: ids[:limit] for text, ids in zip(texts, self._plain(list(texts)), strict=True)}
+        return [
+            TokenizedPrompt(
+                tuple((kind, text_ids[text] if kind == "text" else self._ids(kind, text)) for kind, text in prompt)
+            )
+            for prompt in prompts
+        ]
+
+    def num_image_tokens(self, tiles: int) -> int:
+        """Tokens of a picture in so many tiles, its two brackets included."""
+        return 2 + tiles * self.processor.image_seq_length
+
+    def expand(self, prompt: TokenizedPrompt, tiles: Sequence[int]) -> tuple[list[int], list[int]]:
+        """All token ids, and 1 for each that belongs to the instruction.
+
+        tiles: of each picture.
+        """
+        processor, counts = self.processor, iter(tiles)
+        all_ids: list[int] = []
+        instruction: list[int] = []
+        for kind, ids in prompt.runs:
+            if kind == "image":
+                context = [processor.image_token_id] * (next(counts) * processor.image_seq_length)
+                ids = (processor.start_image_token_id, *context, processor.end_image_token_id)
+            all_ids += ids
+            instruction += [int(kind == "instruction")] * len(ids)
+        return all_ids, instruction
+
+    def _encode(self, kind: str, text: str) -> tuple[int, ...]:
+        """Ids of a frame or an instruction, of which there are few."""
+        if kind == "instruction":
+            return self._plain([text])[0]
+        return tuple(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 class InputFormatter:
     """Writes items as the model was taught to read them.
 
@@ -72,9 +123,7 @@ class InputFormatter:
     def __init__(self, processor: InternVLVTCProcessor, settings: EmbedderSettings) -> None:
         self.processor = processor
         self.settings = settings
-        self._tokenizer = processor.tokenizer
-        self._plain = PlainText(self._tokenizer)
-        self._ids = lru_cache(maxsize=1024)(self._encode)
+        self._tokenize = SegmentTokenizer(processor, settings.text_max_tokens)
 
     def __call__(self, items: Sequence[ItemLike], role: Role, instruction: str | None = None) -> dict[str, Tensor]:
         """Tensors on the CPU for :func:`quarterlight.models.pooling.embed`; pictures are decoded here.
@@ -125,51 +174,23 @@ class InputFormatter:
 
     def tokenize(self, prompts: Iterable[Prompt]) -> list[TokenizedPrompt]:
         """Token ids of prompts, segment by segment, texts cut to ``text_max_tokens``."""
-        segments = [prompt.segments() for prompt in prompts]
-        texts = dict.fromkeys(one.text for one in chain.from_iterable(segments) if one.kind == "text")
-        limit = self.settings.text_max_tokens
-        text_ids = {text: ids[:limit] for text, ids in zip(texts, self._plain(list(texts)), strict=True)}
-        return [
-            TokenizedPrompt(
-                tuple((kind, text_ids[text] if kind == "text" else self._ids(kind, text)) for kind, text in prompt)
-            )
-            for prompt in segments
-        ]
+        return self._tokenize([prompt.segments() for prompt in prompts])
 
     def num_image_tokens(self, tiles: int) -> int:
         """Tokens of a picture in so many tiles, its two brackets included."""
-        return 2 + tiles * self.processor.image_seq_length
+        return self._tokenize.num_image_tokens(tiles)
 
     def collate(self, prompts: Sequence[TokenizedPrompt], tiles: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """int64 ``[B, L]`` tensors, padded on the right: ``input_ids``, ``attention_mask``, ``instruction_mask``.
 
         tiles: for each prompt, the number of tiles of each of its pictures.
         """
-        rows = [self._expand(prompt, counts) for prompt, counts in zip(prompts, tiles, strict=True)]
+        rows = [self._tokenize.expand(prompt, counts) for prompt, counts in zip(prompts, tiles, strict=True)]
         length = max(len(ids) for ids, _ in rows)
         batch = torch.zeros(3, len(rows), length, dtype=torch.int64)
-        batch[0] = self._tokenizer.pad_token_id
+        batch[0] = self.processor.tokenizer.pad_token_id
         for index, (ids, instruction) in enumerate(rows):
             batch[0, index, : len(ids)] = torch.tensor(ids)
             batch[1, index, : len(ids)] = 1
             batch[2, index, : len(ids)] = torch.tensor(instruction)
         return dict(zip(("input_ids", "attention_mask", "instruction_mask"), batch, strict=True))
-
-    def _expand(self, prompt: TokenizedPrompt, tiles: Sequence[int]) -> tuple[list[int], list[int]]:
-        """All token ids, and 1 for each that belongs to the instruction."""
-        processor, counts = self.processor, iter(tiles)
-        all_ids: list[int] = []
-        instruction: list[int] = []
-        for kind, ids in prompt.runs:
-            if kind == "image":
-                context = [processor.image_token_id] * (next(counts) * processor.image_seq_length)
-                ids = (processor.start_image_token_id, *context, processor.end_image_token_id)
-            all_ids += ids
-            instruction += [int(kind == "instruction")] * len(ids)
-        return all_ids, instruction
-
-    def _encode(self, kind: str, text: str) -> tuple[int, ...]:
-        """Ids of a frame or an instruction, of which there are few."""
-        if kind == "instruction":
-            return self._plain([text])[0]
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])

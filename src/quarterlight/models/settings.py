@@ -1,10 +1,10 @@
-"""What an embedder is, besides its weights: the part of ``quarterlight.json`` that changes embeddings."""
+"""What embedders and rerankers are, besides their weights: the part of ``quarterlight.json`` that changes results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from quarterlight.errors import CheckpointError, did_you_mean
 from quarterlight.models.pooling import Attention, PoolingMode
@@ -19,28 +19,23 @@ def default_instructions() -> dict[Role, dict[str, str]]:
     }
 
 
+_S = TypeVar("_S", bound="_Settings")
+
+
 @dataclass(frozen=True, kw_only=True)
-class EmbedderSettings:
-    """How items are written, tiled, attended to and pooled. Saved with the weights, and part of the model's hash."""
+class _Settings:
+    """What both have in common."""
 
     method: str = "magic-mm-embedding"
     """name of the recipe; for people"""
-    pooling: PoolingMode = PoolingMode.LAST_TOKEN
-    """which hidden states become the embedding"""
-    attention: Attention = Attention.CAUSAL
-    """what a token sees"""
     max_tiles: int = 1
     """the most tiles of a picture whose item does not say; a thumbnail is added to more than one"""
     text_max_tokens: int = 512
     """tokens of an item's text above which its end is cut off; the template and the pictures are never cut"""
     system_prompt: str = ""
     """a system turn before the user's; none when empty, as in InternVL3's -hf checkpoints"""
-    instructions: Mapping[Role, Mapping[str, str]] = field(default_factory=default_instructions)
-    """role -> modality -> instruction of items without one"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pooling", PoolingMode(self.pooling))
-        object.__setattr__(self, "attention", Attention(self.attention))
         for name in ("max_tiles", "text_max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -50,7 +45,7 @@ class EmbedderSettings:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EmbedderSettings:
+    def from_dict(cls: type[_S], values: Mapping[str, Any]) -> _S:
         """The inverse of :meth:`to_dict`. Raises CheckpointError for an unknown key or an impossible value."""
         known = [one.name for one in fields(cls)]
         for key in values:
@@ -60,3 +55,35 @@ class EmbedderSettings:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"quarterlight.json has an impossible setting: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedderSettings(_Settings):
+    """How items are written, tiled, attended to and pooled. Saved with the weights, and part of the model's hash."""
+
+    pooling: PoolingMode = PoolingMode.LAST_TOKEN
+    """which hidden states become the embedding"""
+    attention: Attention = Attention.CAUSAL
+    """what a token sees"""
+    instructions: Mapping[Role, Mapping[str, str]] = field(default_factory=default_instructions)
+    """role -> modality -> instruction of items without one"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "pooling", PoolingMode(self.pooling))
+        object.__setattr__(self, "attention", Attention(self.attention))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerSettings(_Settings):
+    """How queries and candidates are written and tiled for a reranker."""
+
+    instructions: Mapping[str, str] = field(default_factory=lambda: default_instructions()["query"])
+    """modality of a query -> its instruction, where nobody gives one"""
+    fusion_weight: float = 1.0
+    """of the reranker's score in a search, that of the cosine being the rest; 1 ranks by the reranker alone"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.fusion_weight <= 1:
+            raise ValueError(f"fusion_weight must be from 0 to 1, got {self.fusion_weight}.")

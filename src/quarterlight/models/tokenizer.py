@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -20,9 +21,14 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *NAMED_TOKENS.v
 """In the order of their ids, 0 and up."""
 
 
+ANSWERS = ("Yes", "No")
+"""Words that are one token each whatever the texts: what a reranker answers."""
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """A tokenizer with at most ``vocab_size`` entries, special tokens included, that can spell every string.
 
+    It has beside these the few that make one token of each of :data:`ANSWERS`.
     Raises ValueError when there is no room for the 256 bytes and the special tokens.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
@@ -46,10 +52,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         ),
     )
     return Qwen2Tokenizer(
-        tokenizer_object=bpe,
+        tokenizer_object=with_words(bpe, ANSWERS),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token=None,  # type: ignore[arg-type]  # bytes spell everything
         model_specific_special_tokens=NAMED_TOKENS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def with_words(bpe: Tokenizer, words: Sequence[str]) -> Tokenizer:
+    """The tokenizer with new entries, behind those it has, and merges of least priority: each word becomes one token.
+
+    Other texts are spelt as before, but for those whose spelling holds the pieces of a word side by side.
+    """
+    state = json.loads(bpe.to_str())
+    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    for word in words:
+        pieces = bpe.encode(word, add_special_tokens=False).tokens
+        while len(pieces) > 1:
+            first, second, *rest = pieces
+            merges.append([first, second])
+            vocabulary.setdefault(first + second, len(vocabulary))
+            pieces = [first + second, *rest]
+    return Tokenizer.from_str(json.dumps(state))

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from quarterlight.errors import RecipeError
+from quarterlight.models.embedder import best_dtype
 from quarterlight.training.distributed import processes
 
 _WARMUP_RATIO = 0.05
@@ -43,7 +44,7 @@ class OptimizerRecipe:
     gradient_checkpointing: bool = False
     """works the layers' activations out again in the backward pass: a third more time for a fraction of the memory"""
     bf16: bool = True
-    """autocast matrix products to bfloat16"""
+    """autocast matrix products to bfloat16, on hardware that multiplies it; elsewhere that would cost tenfold"""
     save_every: int = 500
     """steps between the checkpoints that a stopped run resumes from"""
     log_every: int = 50
@@ -90,6 +91,12 @@ class OptimizerRecipe:
         assert self.num_epochs is not None
         return max(1, math.ceil(self.num_epochs * num_samples / samples_per_step))
 
+    @property
+    def autocasts(self) -> bool:
+        """Whether matrix products are in bfloat16 on this machine."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return self.bf16 and best_dtype(device) is torch.bfloat16
+
     def _warmup(self, num_steps: int) -> int:
         if self.warmup_steps is None:
             return int((_WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio) * num_steps)
@@ -117,7 +124,7 @@ class OptimizerRecipe:
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "lr_scheduler_type": "cosine",
             "optim": "adamw_torch_fused",
-            "bf16": self.bf16,
+            "bf16": self.autocasts,
             "use_cpu": not torch.cuda.is_available(),
             "per_device_train_batch_size": 1,
             "train_sampling_strategy": "sequential",

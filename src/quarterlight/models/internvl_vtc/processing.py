@@ -164,3 +164,21 @@ class InternVLVTCProcessor(InternVLProcessor):
         inputs = ProcessorMixin.__call__(self, images=images, text=text, **kwargs)
         inputs.pop("num_patches", None)
         return inputs
+
+    def apply_chat_template(  # type: ignore[override]  # what it does not name goes through
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers does, but a special token that a text spells stays text, unless one says otherwise."""
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            tokenize=tokenize,
+            sanitize_control_tokens=sanitize_control_tokens and tokenize,
+            **kwargs,
+        )
