@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from quarterlight.models.checkpoint import save_checkpoint
+from quarterlight.models.checkpoint import load_backbone, load_settings, save_checkpoint, save_reranker
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
-from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.pair import save_pair
+from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
 
@@ -78,6 +79,20 @@ def tiny_checkpoint(
     processor = InternVLVTCProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     return save_checkpoint(folder, InternVLVTCModel(config), processor, EmbedderSettings(text_max_tokens=64))
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same embedder with a reranker inside, whose language model is a little different."""
+    root = tmp_path_factory.mktemp("pairs")
+    model, processor = load_backbone(tiny_checkpoint, language_head=True)
+    embedder = save_checkpoint(root / "embedder", model, processor, load_settings(tiny_checkpoint))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.model.language_model.layers.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    reranker = save_reranker(root / "reranker", model, processor, RerankerSettings(text_max_tokens=64))
+    return save_pair(root / "tiny", embedder, reranker)
 
 
 @pytest.fixture(scope="session")

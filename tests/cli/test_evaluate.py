@@ -14,7 +14,7 @@ from quarterlight.cli import evaluate as command
 from quarterlight.cli.main import program
 from quarterlight.errors import InputError
 from quarterlight.images import load_image
-from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.records import Item
 
 Run: TypeAlias = "Callable[..., Outcome]"
@@ -85,6 +85,43 @@ def test_json(run: Run) -> None:
     assert manifest["settings"]["split"] == "test"
     assert list(manifest["inputs_sha256"][str(FIXTURE / "emoji")]) == ["t2i", "it2i"]
     assert manifest["versions"]["python"]
+
+
+class Undecided:
+    name, model_hash, settings = "undecided", "dec1de", RerankerSettings()
+
+    def predict(self, pairs: Sequence[tuple[Item, Item]]) -> np.ndarray:
+        return np.full(len(pairs), 0.5, dtype=np.float32)
+
+
+def test_both_orders_beside_each_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_open_pair", lambda model, reranker, device: (Constant(), Undecided()))
+    result = run(FIXTURE / "emoji", "--tasks", "t2i", "--rerank", "3")
+    assert result.exit_code == 0, result.stderr
+    assert "+R: with the first 3 reranked" in result.stdout
+    header = next(line for line in result.stdout.splitlines() if line.startswith("task "))
+    assert " ".join(header.split()) == "task queries pool P@1 +R R@5 +R R@10 +R NDCG@5 +R MRR +R chance"
+    (row,) = (line for line in result.stdout.splitlines() if line.startswith("t2i "))
+    assert len(row.split()) == len(header.split())
+
+    report = json.loads(run(FIXTURE / "emoji", "--tasks", "t2i", "--rerank", "3", "--fusion", "0.5", "--json").stdout)
+    (scored,) = report["results"]
+    assert scored["reranked"]["metrics"].keys() == scored["scores"]["metrics"].keys() and scored["num_reranked"] == 3
+    manifest = report["manifest"]
+    assert {"rerank": 3, "fusion_weight": 0.5}.items() <= manifest["settings"].items()
+    assert (manifest["reranker"]["name"], manifest["reranker"]["hash"]) == ("undecided", "dec1de")
+
+
+def test_a_real_pair(run: Run, tiny_pair: Path, tiny_checkpoint: Path) -> None:
+    arguments = [FIXTURE / "emoji", "--tasks", "t2i", "--limit", "2", "--device", "cpu", "--json"]
+    report = json.loads(run(*arguments, "--model", tiny_pair, "--rerank", "3").stdout)
+    assert report["results"][0]["num_pairs"] == 6
+    other = run(*arguments, "--model", tiny_checkpoint, "--reranker", tiny_pair, "--rerank", "3")
+    assert json.loads(other.stdout)["results"][0]["reranked"] == report["results"][0]["reranked"]
+    result = run(*arguments, "--model", tiny_checkpoint, "--rerank", "3")
+    assert result.exit_code == 1 and "has no reranker inside" in result.stderr
+    result = run(*arguments, "--fusion", "0.5")
+    assert result.exit_code == 2 and "--fusion does nothing without --rerank" in result.stderr
 
 
 def test_bad_pictures_are_named_and_counted(run: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tests.search.fakes import FakeEncoder
+from tests.search.fakes import FakeEncoder, FakeEyes
 from tests.search.files import pdf, write_image
 
 from quarterlight.cli.main import program
@@ -61,6 +61,24 @@ def test_json(here: Path) -> None:
     assert summary["problems"] == [
         {"path": str(here / "files" / name), "reason": "is empty (0 bytes): expected a picture"}
     ]
+
+
+def test_visual_tokens(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEyes())
+    for colour in ("red", "green"):
+        write_image(here / "files" / f"{colour}.png", colour)
+    assert "Visual tokens" not in run("files")[2]
+    code, out, err = run("files", "--store-visual-tokens", "float16")
+    assert (code, out) == (0, "") and "2 unchanged" in err
+    assert "Visual tokens: 2 added; 2 pictures and pages, 48 bytes each as float16, 96 bytes in all." in err
+    (here / "files" / "red.png").unlink()
+    err = run("files")[2]
+    assert "Visual tokens: 1 removed; 1 pictures and pages" in err
+    assert "Visual tokens: kept up to date; 1 pictures and pages" in run("files")[2]
+    tokens = json.loads(run("files", "--store-visual-tokens", "int8", "--json")[1])["visual_tokens"]
+    assert tokens == {"precision": "int8", "num_added": 1, "num_removed": 0, "num_items": 1, "num_bytes": 48}
+    code, _, err = run("files", "--store-visual-tokens", "int4")
+    assert code == 2 and "int8" in err
 
 
 def test_what_does_not_exist(here: Path) -> None:

@@ -69,6 +69,59 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert "give words, --image FILE, or both" in err or "page" in err or "top-k" in err
 
 
+@pytest.fixture
+def pair(here: Path, tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same files in an index of a real model that has a reranker."""
+    monkeypatch.undo()  # the model that is none
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["index", "files", "--quiet", "--model", str(tiny_pair), "--store-visual-tokens", "float16"]
+    assert CliRunner().invoke(program(), arguments).exit_code == 0
+    return tiny_pair
+
+
+def test_rerank(pair: Path, here: Path) -> None:
+    code, out, err = run("red", "--model", str(pair), "--rerank", "4", "--html", "found.html")
+    assert (code, err) == (0, "Wrote found.html.\n")
+    header, *rows = out.splitlines()
+    assert header.split() == ["#", "score", "reranked", "kind", "path", "page", "text"]
+    reranked = [float(row.split()[2]) for row in rows[:4]]
+    assert (
+        len(rows) == 6
+        and reranked == sorted(reranked, reverse=True)
+        and rows[4].split()[2] in ("image", "page", "text")
+    )
+    assert "<small>cosine" in (here / "found.html").read_text()
+
+    hits = json.loads(run("red", "--model", str(pair), "--rerank", "4", "--json")[1])["hits"]
+    assert [hit["rerank_score"] is None for hit in hits] == [False] * 4 + [True] * 2
+    plain = json.loads(run("red", "--model", str(pair), "--json")[1])["hits"]
+    assert {hit["rerank_score"] for hit in plain} == {None}
+    fused = json.loads(run("red", "--model", str(pair), "--rerank", "6", "--fusion", "0", "--json")[1])["hits"]
+    assert [hit["uri"] for hit in fused] == [hit["uri"] for hit in plain]
+    named = run("red", "--model", str(pair), "--rerank", "4", "--reranker", str(pair / "reranker"), "--json")[1]
+    assert [hit["rerank_score"] for hit in json.loads(named)["hits"]] == [
+        pytest.approx(hit["rerank_score"], abs=1e-5) for hit in hits
+    ]
+
+
+def test_what_could_not_be_reranked_is_told(pair: Path, here: Path) -> None:
+    for tokens in (here / ".quarterlight").glob("tokens_*.json"):
+        tokens.unlink()
+    (here / "files" / "green.png").unlink()
+    code, out, err = run("green", "--model", str(pair), "--rerank", "6")
+    assert code == 0 and "green.png" in out
+    assert err == f"{here}/files/green.png: cannot be read: No such file or directory; it was not reranked\n"
+
+
+def test_a_model_without_a_reranker(here: Path, tiny_checkpoint: Path, pair: Path) -> None:
+    code, _, err = run("red", "--model", str(tiny_checkpoint), "--rerank", "4")
+    assert code == 1 and "has no reranker inside: name one with --reranker, train one" in err
+    for option in (("--fusion", "0.5"), ("--reranker", "x")):
+        code, _, err = run("red", *option)
+        assert code == 2 and f"{option[0]} does nothing without --rerank" in err
+
+
 def test_errors_say_what_to_do() -> None:
     code, _, err = run("red", "--store", "elsewhere")
     assert code == 1 and "There is no index in elsewhere. Make one with `quarterlight index FOLDER" in err

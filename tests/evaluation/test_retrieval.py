@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask
+from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions
 from quarterlight.errors import InputError
+from quarterlight.evaluation import retrieval as module
 from quarterlight.evaluation.retrieval import Encoder, RetrievalEvaluator, TaskResult, sample_queries
 from quarterlight.images import load_image
 from quarterlight.metrics.ranking import METRICS
 from quarterlight.models.embedder import Embedder
+from quarterlight.models.pair import load_pair
+from quarterlight.models.settings import RerankerSettings
 from quarterlight.records import Candidate, Item, Query
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "retrieval"
@@ -233,3 +237,137 @@ def test_sample_queries(emoji: RetrievalDataset) -> None:
     assert few == sample_queries(task, 3)
     assert few.candidates == task.candidates
     assert sample_queries(task, 10**6) == task
+
+
+class Judge:
+    """Says Yes to the positives of a task, or, when it lies, to everything else; counts what it is asked."""
+
+    def __init__(self, task: RetrievalTask, *, lies: bool = False, constant: float | None = None) -> None:
+        self.settings = RerankerSettings()
+        pool = {c.did: _bare(c.item) for c in task.candidates}
+        self.answers = {(_bare(q.item), pool[did]) for q in task.queries for did in q.positives}
+        self.lies, self.constant = lies, constant
+        self.asked: list[tuple[Item, Item]] = []
+
+    def predict(self, pairs: Sequence[tuple[Item, Item]]) -> np.ndarray:
+        assert len(pairs) == len(set(pairs))
+        self.asked += pairs
+        if self.constant is not None:
+            return np.full(len(pairs), self.constant, np.float32)
+        right = [((_bare(query), _bare(candidate)) in self.answers) != self.lies for query, candidate in pairs]
+        return np.where(right, 0.9, 0.1).astype(np.float32)
+
+
+def test_a_perfect_reranker_brings_forward_what_was_among_the_first(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    for k, metric in ((5, "hit@5"), (10, "hit@10")):
+        judge = Judge(task)
+        result = RetrievalEvaluator(Hashing(), reranker=judge, rerank=k).evaluate(task)
+        assert result.reranked is not None and result.num_reranked == k
+        plain, after = result.scores.metrics, result.reranked.metrics
+        assert after["precision@1"] == pytest.approx(plain[metric]) and plain["precision@1"] < plain[metric] < 1
+        assert (after["hit@10"], after["recall@10"]) == pytest.approx((plain["hit@10"], plain["recall@10"]))
+        assert after["mrr"] > plain["mrr"] and result.reranked.chance == result.scores.chance
+        assert result.num_pairs == len(judge.asked) <= k * len(task.queries) and result.rerank_seconds > 0
+        assert all(query.instruction == result.instructions[0] for query, _ in judge.asked)
+
+
+def test_a_lying_reranker_cannot_push_them_further_than_k(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    result = RetrievalEvaluator(Oracle(task), reranker=Judge(task, lies=True), rerank=5).evaluate(task)
+    assert result.scores.metrics["precision@1"] == pytest.approx(1)
+    assert result.reranked is not None and result.reranked.metrics["precision@1"] < 0.2
+    assert result.reranked.metrics["hit@5"] == pytest.approx(1)
+
+
+def test_a_reranker_without_an_opinion_changes_nothing(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    for options in ({"reranker": Judge(task, constant=0.5)}, {"reranker": Judge(task), "fusion_weight": 0.0}):
+        result = RetrievalEvaluator(Hashing(), rerank=5, **options).evaluate(task)
+        assert result.reranked == result.scores
+    # a model that knows nothing draws the first at random, wherever the positives stand in the pool
+    result = RetrievalEvaluator(Constant(), reranker=Judge(task, constant=0.5), rerank=5).evaluate(task)
+    assert result.reranked is not None
+    assert result.reranked.metrics["precision@1"] == pytest.approx(result.scores.chance["precision@1"], abs=0.15)
+
+
+def test_fusion_weighs_cosine_and_reranker(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    means = []
+    for weight in (0.0, 0.5, 1.0):
+        judge = Judge(task)
+        result = RetrievalEvaluator(Hashing(), reranker=judge, rerank=10, fusion_weight=weight).evaluate(task)
+        assert result.reranked is not None
+        means.append(result.reranked.metrics["mrr"])
+        judge.settings = RerankerSettings(fusion_weight=weight)
+        from_setting = RetrievalEvaluator(Hashing(), reranker=judge, rerank=10).evaluate(task)
+        assert from_setting.reranked == result.reranked
+    assert means[0] < means[1] <= means[2]
+
+
+def test_groups_and_json_have_both(emoji: RetrievalDataset) -> None:
+    task = emoji.load("t2i", "test")
+    seen: list[tuple[int, int]] = []
+    evaluator = RetrievalEvaluator(
+        Hashing(), reranker=Judge(task), rerank=10, on_rerank=lambda done, total: seen.append((done, total))
+    )
+    result = evaluator.evaluate(task)
+    assert seen == [(0, len(task.queries)), (len(task.queries), len(task.queries))]
+    for field in ("lang", "text_kind"):
+        parts = [group.reranked for group in result.groups if group.field == field]
+        assert parts and result.reranked is not None
+        for metric in METRICS:
+            mean = sum(part.metrics[metric] * part.num_queries for part in parts if part) / len(task.queries)
+            assert mean == pytest.approx(result.reranked.metrics[metric])
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert plain["reranked"]["metrics"]["mrr"] > plain["scores"]["metrics"]["mrr"]
+    assert plain["groups"][0]["reranked"]["num_queries"] == plain["groups"][0]["scores"]["num_queries"]
+    without = RetrievalEvaluator(Hashing()).evaluate(task)
+    assert (without.reranked, without.groups[0].reranked, without.num_reranked) == (None, None, 0)
+
+
+def test_chunks_change_nothing(emoji: RetrievalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = emoji.load("t2i", "test")
+    whole = RetrievalEvaluator(Hashing(), reranker=Judge(task)).evaluate(task)
+    monkeypatch.setattr(module, "_QUERIES", 3)
+    parts = RetrievalEvaluator(Hashing(), reranker=Judge(task)).evaluate(task)
+    assert (parts.reranked, parts.groups) == (whole.reranked, whole.groups)
+
+
+def test_a_real_pair_reranks(emoji: RetrievalDataset, tiny_pair: Path) -> None:
+    embedder, reranker = load_pair(tiny_pair, dtype=torch.float32, device="cpu")
+    task = sample_queries(emoji.load("it2i", "test"), 3)
+    result = RetrievalEvaluator(embedder, reranker=reranker, rerank=4).evaluate(task)
+    assert result.reranked is not None and result.num_pairs == 12
+    # by hand: the first four in the order of the reranker, then the rest
+    task = with_instructions(task)
+    query, pool = task.queries[0], [c.item for c in task.candidates]
+    order = np.argsort(-(embedder.encode_document(pool) @ embedder.encode_query([query.item])[0]), kind="stable")
+    ranking = reranker.rank(query.item, [pool[n] for n in order[:4]])
+    order = [*(order[one["corpus_id"]] for one in ranking), *order[4:]]
+    ranks = [order.index(n) for n, c in enumerate(task.candidates) if c.did in query.positives]
+    alone = RetrievalEvaluator(embedder, reranker=reranker, rerank=4).evaluate(replace(task, queries=[query]))
+    assert alone.reranked is not None
+    assert alone.reranked.metrics["mrr"] == pytest.approx(1 / (1 + min(ranks)))
+
+
+def test_nothing_to_rerank(tmp_path: Path) -> None:
+    pool = [Candidate(did="d", item=Item(image=str(tmp_path / "missing.png")))]
+    task = RetrievalTask(
+        dataset="a",
+        task="t2i",
+        split="test",
+        queries=[Query(qid="q", item=Item(text="q"), positives=("d",))],
+        candidates=pool,
+    )
+
+    class Strict(Constant):
+        def encode_document(self, items: Sequence[Item]) -> np.ndarray:
+            raise InputError("item 0 is bad")
+
+    result = RetrievalEvaluator(Strict(), reranker=Judge(task)).evaluate(task)
+    assert result.reranked is not None and result.reranked.metrics == {}
+    with pytest.raises(InputError, match="rerank must be at least 1, got 0"):
+        RetrievalEvaluator(Constant(), reranker=Judge(task), rerank=0)
+    with pytest.raises(InputError, match="fusion_weight must be from 0 to 1"):
+        RetrievalEvaluator(Constant(), reranker=Judge(task), fusion_weight=1.5)

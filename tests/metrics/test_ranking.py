@@ -8,7 +8,9 @@ import pytest
 
 from quarterlight.metrics.ranking import (
     METRICS,
+    First,
     chance_ranks,
+    first_k,
     hit,
     ndcg,
     rank_embeddings,
@@ -116,3 +118,41 @@ def test_bad_input(score: list[list[float]], positives: list[list[int]], message
 def test_chance_of_an_impossible_number_of_positives() -> None:
     with pytest.raises(ValueError, match="1 to 3 positives"):
         chance_ranks([4], 3)
+
+
+def test_first_k_is_the_top_of_the_order() -> None:
+    rng = np.random.default_rng(0)
+    query, candidate = (rng.normal(size=(rows, 8)).astype(np.float32) for rows in (5, 30))
+    exact = query @ candidate.T
+    for max_scores in (1, 1000):
+        column, score = first_k(query, candidate, 4, max_scores=max_scores)
+        np.testing.assert_array_equal(column, np.argsort(-exact, axis=1)[:, :4])
+        np.testing.assert_allclose(score, np.take_along_axis(exact, column, axis=1), atol=1e-6)
+    assert sorted(first_k(query, candidate, 99)[0][0].tolist()) == list(range(30))
+    assert first_k(query, candidate[:0], 4)[0].shape == (5, 0)
+
+
+def test_first_k_of_a_tie_is_drawn() -> None:
+    """No place of the pool is favoured: a model that knows nothing must not profit from positives that come first."""
+    candidate = np.ones((20, 1), np.float32)
+    candidate[7] = 2
+    column, _ = first_k(np.ones((2000, 1), np.float32), candidate, 5)
+    assert (column[:, 0] == 7).all()
+    assert all(len(set(row)) == 5 for row in column.tolist())
+    times = np.bincount(column[:, 1:].ravel(), minlength=20)
+    expected = 2000 * 4 / 19
+    chi_square = sum((number - expected) ** 2 / expected for place, number in enumerate(times) if place != 7)
+    assert chi_square < 42.3  # 99.9% of chi-square with 18 degrees of freedom
+    np.testing.assert_array_equal(column, first_k(np.ones((2000, 1), np.float32), candidate, 5)[0])
+
+
+def test_first_stand_before_all_others() -> None:
+    # by cosine the order is 0 1 2 3 4; three of them are put in the order 2, then 0 and 1 as a tie
+    query, candidate = np.ones((1, 1)), np.array([[0.9], [0.8], [0.7], [0.6], [0.5]])
+    first = First(np.array([[0, 1, 2]]), np.array([[1, 1, 0]]))
+    for positive, higher, tied in ((2, 0, 1), (0, 1, 2), (1, 1, 2), (3, 3, 1), (4, 4, 1)):
+        for max_scores in (1, 100):
+            ranks = rank_embeddings(query, candidate, [[positive]], first=first, max_scores=max_scores)
+            assert (ranks.higher.tolist(), ranks.tied.tolist()) == ([higher], [tied])
+    nothing = First(np.zeros((1, 0), np.int64), np.zeros((1, 0), np.int64))
+    assert rank_embeddings(query, candidate, [[3]], first=nothing).higher.tolist() == [3]

@@ -69,7 +69,7 @@ def candidates(picture: Pictures) -> list[Item]:
 
 def whole(reranker: Reranker, query: Item, items: list[Item], *, listwise: bool = False) -> np.ndarray:
     """The plain way: prompts as a whole, one after the other, all logits of the vocabulary."""
-    formatter, processor = reranker._formatter, reranker.processor
+    formatter, processor = reranker.formatter, reranker.processor
     rows = [items] if listwise else [[one] for one in items]
     scores = []
     for row in rows:
@@ -166,7 +166,7 @@ def test_more_than_nine_candidates_in_lists(reranker: Reranker) -> None:
     ranking = reranker.rank_listwise("an apple", [f"candidate {n}" for n in range(11)])
     assert sorted(one["corpus_id"] for one in ranking) == list(range(11))
     with pytest.raises(InputError, match="at most 9 candidates, got 11"):
-        reranker._formatter.list_tail([Item(text="x")] * 11)
+        reranker.formatter.list_tail([Item(text="x")] * 11)
 
 
 def test_stored_visual_tokens_equal_the_pictures(
@@ -224,7 +224,7 @@ def test_what_no_longer_fits_is_cut_but_never_the_template(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reranker = Reranker(folder, dtype=torch.float32, device="cpu")
-    prefix, (tail,) = reranker._formatter.prefix(Item(text="q")), reranker._formatter.tails([Item(text="apple " * 9)])
+    prefix, (tail,) = reranker.formatter.prefix(Item(text="q")), reranker.formatter.tails([Item(text="apple " * 9)])
     room = prefix.num_tokens + tail.num_tokens - 5
     monkeypatch.setattr(reranker.model.config.text_config, "max_position_embeddings", room)
     with caplog.at_level(logging.WARNING):

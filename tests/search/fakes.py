@@ -1,10 +1,11 @@
-"""An encoder that needs no model: colours of the picture and words of the text, hashed into 64 numbers."""
+"""Models that need no weights: colours of the picture and words of the text, hashed into 64 numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,3 +45,54 @@ class FakeEncoder:
             slot = COLOURS.index(word) if word in COLOURS else 30 + hashlib.sha256(word.encode()).digest()[0] % 34
             vector[slot] += 1
         return vector / np.linalg.norm(vector)
+
+
+class FakeEyes(FakeEncoder):
+    """Also tells what it saw: a visual token for each colour, [6, 4], whose numbers all are the share of the colour."""
+
+    vision_hash = "e1e5" * 16
+
+    def encode_document_with_visual_tokens(
+        self, items: Sequence[Item], *, instruction: str | None = None
+    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float16] | None]]:
+        vectors = self.encode_document(items)
+        return vectors, [self.look(item) if item.images else None for item in items]
+
+    def look(self, item: Item) -> npt.NDArray[np.float16]:
+        vector = self._vector(Item(image=item.image))
+        return np.repeat(vector[: len(COLOURS), None], 4, axis=1).astype(np.float16)
+
+
+class FakeReranker:
+    """Likes the dark: P(Yes) of a picture is its share of black and blue, of a text that of the word ``dark``."""
+
+    vision_hash = FakeEyes.vision_hash
+
+    def __init__(self, *, fusion_weight: float = 1.0) -> None:
+        from quarterlight.models.settings import RerankerSettings  # imports torch, which most tests here do without
+
+        self.settings = RerankerSettings(fusion_weight=fusion_weight)
+        self.asked: list[tuple[Item, list[Item], str | None]] = []
+        self.num_seen = 0
+
+    def score(
+        self,
+        query: Item,
+        candidates: Sequence[Item],
+        *,
+        instruction: str | None = None,
+        visual_tokens: Sequence[npt.NDArray[np.floating[Any]] | None] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        self.asked.append((query, list(candidates), instruction))
+        tokens = visual_tokens or [None] * len(candidates)
+        return np.array([self._score(*pair) for pair in zip(candidates, tokens, strict=True)], np.float32)
+
+    def _score(self, item: Item, tokens: npt.NDArray[np.floating[Any]] | None) -> float:
+        if not item.images:
+            words = re.findall(r"\w+", (item.text or "").lower())
+            return words.count("dark") / len(words)
+        if tokens is None:
+            self.num_seen += 1
+            tokens = FakeEyes().look(item)
+        dark = [COLOURS.index("blue"), COLOURS.index("black")]
+        return float(np.clip(tokens[dark].sum() / tokens.sum(), 0, 1))

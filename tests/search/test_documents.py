@@ -11,7 +11,8 @@ from PIL import Image
 from tests.search.files import pdf, write_image
 
 from quarterlight.errors import InputError
-from quarterlight.search.documents import BrokenPart, Part, read_parts, thumbnail
+from quarterlight.records import Item
+from quarterlight.search.documents import BrokenPart, Part, read_again, read_parts, section_item, thumbnail
 from quarterlight.search.sections import markdown_sections, plain_sections
 from quarterlight.search.walk import FoundFile, Reader
 
@@ -97,3 +98,39 @@ def test_thumbnails_are_small() -> None:
         assert len(data) <= 32 * 1024
         small = Image.open(io.BytesIO(data))
         assert small.format == "WEBP" and max(small.size) <= 320
+
+
+def pixels(item: Item) -> bytes:
+    (image,) = item.images
+    assert isinstance(image, Image.Image)
+    return image.tobytes()
+
+
+def test_one_part_is_read_again_as_it_was(tmp_path: Path) -> None:
+    (picture,) = parts(write_image(tmp_path / "a.png", "red", (2000, 1500)), "image")
+    assert isinstance(picture, Part)
+    again = read_again(str(tmp_path / "a.png"), "image", 0)
+    assert pixels(again) == pixels(picture.item) and again.max_tiles == picture.item.max_tiles == 1
+
+    path = tmp_path / "a.pdf"
+    path.write_bytes(pdf(["apples", None, "pears"]))
+    first, _, third = parts(path, "pdf")
+    assert isinstance(first, Part) and isinstance(third, Part)
+    for page in (first, third):
+        again = read_again(str(path), "page", page.part)
+        assert pixels(again) == pixels(page.item) and again.max_tiles == page.item.max_tiles == 4
+    assert pixels(first.item) != pixels(third.item)
+    with pytest.raises(InputError, match=r"a\.pdf page 2 of 3 cannot be read"):
+        read_again(str(path), "page", 2)
+    with pytest.raises(InputError, match=r"a\.pdf has no page 4 any more: it has 3"):
+        read_again(str(path), "page", 4)
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.pdf cannot be read: No such file"):
+        read_again(str(path), "page", 1)
+
+
+def test_a_section_as_the_model_gets_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_text("Before.\n# Title\nWords.\n")
+    for part in parts(path, "markdown"):
+        assert isinstance(part, Part) and section_item(part.title, part.text) == part.item

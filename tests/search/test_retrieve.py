@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,19 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_both_orders_and_both_scores_are_shown(searcher: Searcher, tmp_path: Path) -> None:
+    hits = searcher.search("red", top_k=3)
+    judged = [replace(hits[1], rerank_score=0.875), replace(hits[0], rerank_score=0.25), hits[2]]
+    write_contact_sheet(tmp_path / "sheet.html", [("red", {"Plain": hits, "<Judged>": judged})])
+    page = Page((tmp_path / "sheet.html").read_text(encoding="utf-8"))
+    assert page.tags.count("section") == 1 and page.tags.count("ol") == 2 and page.tags.count("li") == 6
+    for visible in ("Plain", "<Judged>", "3 results", f"0.875cosine {hits[1].score:.3f}", f"{hits[2].score:.3f}"):
+        assert visible in page.text
+    assert [value for name, value in page.attributes if name == "style"][3:5] == ["width:88%", "width:25%"]
+    write_contact_sheet(tmp_path / "sheet.html", [("red", {"Plain": []})])
+    assert "Nothing was found" in (tmp_path / "sheet.html").read_text(encoding="utf-8")
 
 
 def test_contact_sheet(searcher: Searcher, folder: Path, tmp_path: Path) -> None:

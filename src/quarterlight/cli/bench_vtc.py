@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from quarterlight.cli import console
+from quarterlight.cli.measure import ceiling_of, seconds
 from quarterlight.errors import InputError
 
 PROMPT_TOKENS = {"natural image": 19, "document page": 20}
@@ -88,13 +88,13 @@ def bench_vtc(
     samples: dict[tuple[str, int], list[tuple[float, float]]] = {}
     with torch.inference_mode(), console.progress("runs") as bar:
         waiting = bar.add_task(f"Building {shape}", total=None)
-        ceiling = _ceiling(device)
+        ceiling = ceiling_of(device, torch.bfloat16)
         cases = _cases(shape, (1, compression), device, batch)
         bar.remove_task(waiting)
         line = bar.add_task("Timing", total=(1 + repeats) * len(cases))
         for turn in range(1 + repeats):
             for key in cases if turn % 2 else reversed(cases):
-                times = [_seconds(half, device) / batch for half in (cases[key].vision, cases[key].text)]
+                times = [seconds(half, device) / batch for half in (cases[key].vision, cases[key].text)]
                 samples.setdefault(key, []).append((times[0], times[1]))
                 bar.advance(line)
     rounds = {key: samples[key][1:] for key in cases}  # without the warm-up
@@ -139,17 +139,6 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
 
 
-def _seconds(function: Callable[[], Any], device: str) -> float:
-    import torch
-
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
-
-
 def _work(config: Any, kind: str) -> tuple[tuple[float, float], tuple[float, float]]:
     """(floating-point operations, bytes of weights) of the vision half and of the language half for one candidate."""
     from quarterlight.models import flops
@@ -160,19 +149,7 @@ def _work(config: Any, kind: str) -> tuple[tuple[float, float], tuple[float, flo
     return vision, (flops.text_flop(config, tokens), 2.0 * flops.text_weights(config))
 
 
-def _ceiling(device: str) -> dict[str, float]:
-    """What this machine reaches on a 4096^3 bfloat16 matrix product, in TFLOP/s, and on reading 1 GiB, in GB/s."""
-    import torch
-
-    n = 4096
-    square = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    product = min(_seconds(lambda: square @ square, device) for _ in range(5))
-    block = torch.ones(2**28, device=device)
-    read = min(_seconds(block.sum, device) for _ in range(5))
-    return {"matmul_tflops": 2 * n**3 / product / 1e12, "read_gb_s": block.nbytes / read / 1e9}
-
-
-def _timing(case: Case, seconds: list[tuple[float, float]], ceiling: dict[str, float], batch: int) -> Timing:
+def _timing(case: Case, rounds: list[tuple[float, float]], ceiling: dict[str, float], batch: int) -> Timing:
     floors = [
         1e3 * max(flop / ceiling["matmul_tflops"] / 1e12, size / batch / ceiling["read_gb_s"] / 1e9)
         for flop, size in _work(case.config, case.kind)
@@ -181,9 +158,9 @@ def _timing(case: Case, seconds: list[tuple[float, float]], ceiling: dict[str, f
         candidate=case.kind,
         compression=case.config.visual_token_compression,
         tokens=PROMPT_TOKENS[case.kind] + TILES[case.kind] * case.config.image_seq_length,
-        vision_ms=1e3 * statistics.median(vision for vision, _ in seconds),
-        text_ms=1e3 * statistics.median(text for _, text in seconds),
-        total_ms=1e3 * statistics.median(vision + text for vision, text in seconds),
+        vision_ms=1e3 * statistics.median(vision for vision, _ in rounds),
+        text_ms=1e3 * statistics.median(text for _, text in rounds),
+        total_ms=1e3 * statistics.median(vision + text for vision, text in rounds),
         vision_tflop=_work(case.config, case.kind)[0][0] / 1e12,
         text_tflop=_work(case.config, case.kind)[1][0] / 1e12,
         vision_floor_ms=floors[0],

@@ -74,6 +74,11 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
     return result
 
 
+def score(value: float | None) -> str:
+    """A score as tables show it; nothing where there is none."""
+    return "" if value is None else f"{value:.3f}"
+
+
 def print_json(value: Any) -> None:
     """Write ``value`` to stdout as one line of pure-ASCII JSON, so that no file name and no locale can break it.
 

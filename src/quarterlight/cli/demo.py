@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +15,20 @@ from quarterlight.records import Item
 
 if TYPE_CHECKING:
     from quarterlight.index import Kind
+    from quarterlight.search.contact_sheet import Hits
     from quarterlight.search.retrieve import Hit, Searcher
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 """Where the repository is, if the package runs from one; the example files are there."""
 
 TOP_K = 5
+
+RERANK = 10
+"""Results that the reranker sees, where the model has one: more than are shown, so that it can bring some forward."""
+
+
+EMBEDDER, RERANKED = "Embedder", "Embedder and reranker"
+"""What the two orders are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,7 @@ def demo(
     """Index the example files, search them in four ways, and write a page of results.
 
     The four ways: words to pictures, a picture to pictures, a picture and words to pictures, words to pages.
+    With a model that has a reranker, both orders are shown: that of the embedder, and that after reranking.
 
     \b
     quarterlight demo --out demo.html
@@ -98,39 +108,54 @@ def demo(
         )
     from quarterlight.index import IndexStore
     from quarterlight.models.embedder import Embedder
+    from quarterlight.models.pair import load_pair
+    from quarterlight.models.reranker import has_reranker
     from quarterlight.search.contact_sheet import write_contact_sheet
     from quarterlight.search.encoder import identity_of
     from quarterlight.search.ingest import ingest
     from quarterlight.search.retrieve import Searcher
 
-    embedder = Embedder(model)
+    embedder, reranker = load_pair(model) if has_reranker(model) else (Embedder(model), None)
     table = IndexStore.create(store, identity_of(embedder))
     with console.progress("files") as bar:
         line = bar.add_task(f"Indexing {examples.name}", total=None)
         report = ingest(
-            [examples], table, embedder, on_progress=lambda done, total: bar.update(line, completed=done, total=total)
+            [examples],
+            table,
+            embedder,
+            visual_tokens="float16" if reranker else None,
+            on_progress=lambda done, total: bar.update(line, completed=done, total=total),
         )
     for problem in report.problems:
         console.err.print(str(problem), style="yellow", markup=False, soft_wrap=True)
     console.err.print(f"{report.num_rows:,} pictures, pages and sections are indexed ({report.seconds:.1f} s).\n")
 
-    searcher = Searcher(table, embedder)
-    results: list[tuple[Item, list[Hit]]] = []
+    searcher = Searcher(table, embedder, reranker=reranker)
+    results: list[tuple[Item, Hits]] = []
     for heading, questions in QUESTIONS.items():
         console.out.print(heading, style="bold underline")
         for question in questions:
-            results.append(ask(searcher, question, examples))
-            _print(question, results[-1][1], examples)
+            query, hits = ask(searcher, question, examples)
+            if reranker is None:
+                results.append((query, hits))
+                _print(question, hits, examples)
+            else:
+                orders = {EMBEDDER: hits, RERANKED: ask(searcher, question, examples, rerank=RERANK)[1]}
+                results.append((query, orders))
+                _print_orders(question, orders, examples)
     write_contact_sheet(out, results, title=f"Quarterlight: {report.num_rows:,} example pictures, pages and texts")
     console.err.print(f"Wrote {out}: open it in a browser.", markup=False, soft_wrap=True)
     console.err.print(f'Ask your own: quarterlight search "a red heart" --store {store}', markup=False, soft_wrap=True)
 
 
-def ask(searcher: Searcher, question: Question, examples: Path) -> tuple[Item, list[Hit]]:
-    """The question as the model gets it, and what was found; a query's own picture is no answer."""
+def ask(searcher: Searcher, question: Question, examples: Path, *, rerank: int = 0) -> tuple[Item, list[Hit]]:
+    """The question as the model gets it, and what was found; a query's own picture is no answer.
+
+    rerank: how many results the searcher's reranker sees.
+    """
     picture = examples / question.image if question.image else None
     query = Item(text=question.text, image=picture)
-    hits = searcher.search(query, kind=question.kind, within=examples, top_k=TOP_K + 1)
+    hits = searcher.search(query, kind=question.kind, within=examples, top_k=TOP_K + 1, rerank=rerank)
     return query, [hit for hit in hits if picture is None or hit.path != picture][:TOP_K]
 
 
@@ -138,7 +163,23 @@ def _print(question: Question, hits: list[Hit], examples: Path) -> None:
     paged = ("page",) if question.kind == "page" else ()
     table = console.table("", "score", "file", *paged, title=question.title, right=("", "score", "page"))
     for rank, hit in enumerate(hits, start=1):
-        path = hit.path.relative_to(examples) if hit.path.is_relative_to(examples) else hit.path
-        table.add_row(f"{rank}", f"{hit.score:.3f}", path.as_posix(), *[f"{hit.page}" for _ in paged])
+        table.add_row(f"{rank}", console.score(hit.score), _name(hit, examples), *[f"{hit.page}" for _ in paged])
     console.out.print(table)
     console.out.print()
+
+
+def _print_orders(question: Question, orders: Mapping[str, list[Hit]], examples: Path) -> None:
+    """Both orders beside each other; a page's number stands behind its file."""
+    table = console.table("", "score", EMBEDDER, "score", RERANKED, title=question.title, right=("", "score"))
+    for rank, (found, reranked) in enumerate(zip(orders[EMBEDDER], orders[RERANKED], strict=True), start=1):
+        cells = [
+            (console.score(score), _name(hit, examples) + (f" p. {hit.page}" if hit.page else ""))
+            for score, hit in ((found.score, found), (reranked.rerank_score, reranked))
+        ]
+        table.add_row(f"{rank}", *cells[0], *cells[1])
+    console.out.print(table)
+    console.out.print()
+
+
+def _name(hit: Hit, examples: Path) -> str:
+    return (hit.path.relative_to(examples) if hit.path.is_relative_to(examples) else hit.path).as_posix()

@@ -29,6 +29,7 @@ COMMANDS = {
         "index": ("quarterlight.cli.bench_index:bench_index", "Speed and memory of indexing."),
         "search": ("quarterlight.cli.bench_search:bench_search", "Latency and recall of searching."),
         "mine": ("quarterlight.cli.bench_mine:bench_mine", "Time and memory of exact nearest neighbours."),
+        "rerank": ("quarterlight.cli.bench_rerank:bench_rerank", "Reranking with shared work against pair by pair."),
         "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),
         "vtc": ("quarterlight.cli.bench_vtc:bench_vtc", "Visual token compression against none, by model shape."),
     },

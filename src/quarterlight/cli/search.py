@@ -11,6 +11,7 @@ from rich.text import Text
 
 from quarterlight.cli import console
 from quarterlight.cli.index import DEFAULT_STORE
+from quarterlight.cli.models import FusionOption, RerankerOption, check_rerank, open_pair
 from quarterlight.errors import InputError
 from quarterlight.images import describe
 from quarterlight.index import IndexStore, Kind
@@ -28,6 +29,11 @@ def search(
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many results.")] = 10,
     store: Annotated[Path, typer.Option(help="Folder of the index.", show_default="./.quarterlight")] = DEFAULT_STORE,
     model: Annotated[str, typer.Option(help="The model that the index was made with.")] = "nano",
+    rerank: Annotated[
+        int, typer.Option(min=0, max=1000, help="Give so many of the first results to a reranker; 0: none.")
+    ] = 0,
+    reranker: RerankerOption = None,
+    fusion: FusionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the results as a page for the browser.")] = None,
 ) -> None:
@@ -37,21 +43,24 @@ def search(
     quarterlight search "a red apple"
     quarterlight search --image apple.jpg --type image --top-k 20
     quarterlight search "the same in green" --image apple.jpg --html found.html
-    quarterlight search "training loss" --type page --in ~/papers
+    quarterlight search "training loss" --type page --in ~/papers --rerank 5
     """
     if image is None and not text.strip():
         raise typer.BadParameter("Nothing to look for: give words, --image FILE, or both.")
+    check_rerank(rerank, reranker, fusion)
     query = Item(text=text.strip() or None, image=image)
     from quarterlight.models.embedder import Embedder
 
-    embedder = Embedder(model)
-    hits = Searcher(IndexStore.open(store, identity_of(embedder)), embedder).search(
-        query, kind=type, within=within, top_k=top_k
-    )
+    embedder, judge = open_pair(model, reranker) if rerank else (Embedder(model), None)
+    table = IndexStore.open(store, identity_of(embedder))
+    searcher = Searcher(table, embedder, reranker=judge, rerank=rerank, fusion_weight=fusion)
+    hits = searcher.search(query, kind=type, within=within, top_k=top_k)
+    for problem in searcher.problems:
+        console.err.print(str(problem), style="yellow", markup=False, soft_wrap=True)
     if as_json:
         console.print_json({"query": {"text": query.text, "image": image}, "hits": [_record(hit) for hit in hits]})
     elif hits:
-        console.out.print(_table(hits))
+        console.out.print(_table(hits, reranked=bool(rerank)))
     else:
         console.err.print("Nothing was found.")
     if html is not None:
@@ -63,15 +72,17 @@ def search(
 
 
 def _record(hit: Hit) -> dict[str, Any]:
-    names = ("score", "kind", "page", "section", "title", "snippet", "width", "height", "uri")
+    names = ("score", "rerank_score", "kind", "page", "section", "title", "snippet", "width", "height", "uri")
     return {"path": str(hit.path)} | {name: getattr(hit, name) for name in names}
 
 
-def _table(hits: list[Hit]) -> Table:
-    table = console.table("#", "score", "kind", "path", "page", "text", right=("#", "score", "page"))
+def _table(hits: list[Hit], *, reranked: bool) -> Table:
+    scores = ("score", "reranked")[: 1 + reranked]
+    table = console.table("#", *scores, "kind", "path", "page", "text", right=("#", *scores, "page"))
     for rank, hit in enumerate(hits, start=1):
         words = snippet(f"{hit.title}: {hit.snippet}" if hit.title else hit.snippet, "", max_chars=100)
-        cells = (rank, f"{hit.score:.3f}", hit.kind, _short(hit.path), hit.page or "", words)
+        judged = [console.score(hit.rerank_score)] * reranked
+        cells = (rank, f"{hit.score:.3f}", *judged, hit.kind, _short(hit.path), hit.page or "", words)
         table.add_row(*(Text(str(cell)) for cell in cells))  # Text, since a file may be called "[red]"
     return table
 

@@ -1,7 +1,11 @@
-"""Scores of an embedder on retrieval tasks, with what chance would reach and broken down by what the data says.
+"""Scores of an embedder on retrieval tasks, with what chance would reach and broken down by what the data says; with a
+reranker, also of the two together.
 
 Search is exact over the whole pool of a task, as in M-BEIR: a query's own picture stays in the pool where the data has
-put it there (composed retrieval lists it as a hard negative).
+put it there (composed retrieval lists it as a hard negative).  A reranker orders the first candidates of the search
+anew; what stands behind them keeps its rank.
+
+Q queries, K candidates that are reranked.
 """
 
 from __future__ import annotations
@@ -9,20 +13,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
-from quarterlight.metrics.ranking import METRICS, Ranks, chance_ranks, rank_embeddings
+from quarterlight.errors import InputError
+from quarterlight.metrics.fusion import places
+from quarterlight.metrics.ranking import METRICS, First, Ranks, chance_ranks, first_k, rank_embeddings
 from quarterlight.models.readable import encode_readable
 from quarterlight.records import Item, Query
+
+if TYPE_CHECKING:
+    from quarterlight.models.settings import RerankerSettings
 
 GROUP_BY = ("lang", "text_kind", "change")
 """Fields of a query by which scores are broken down, unless told otherwise."""
 
 _CHUNK = 2048  # items put to the embedder at once: enough to sort by length, few enough to report progress
+_QUERIES = 128  # reranked at once, likewise
 
 
 class Encoder(Protocol):
@@ -30,6 +40,16 @@ class Encoder(Protocol):
 
     def encode_query(self, items: Sequence[Item], /) -> npt.NDArray[np.float32]: ...
     def encode_document(self, items: Sequence[Item], /) -> npt.NDArray[np.float32]: ...
+
+
+class Reranker(Protocol):
+    """What puts the first candidates in order; :class:`quarterlight.models.reranker.Reranker` does."""
+
+    @property
+    def settings(self) -> RerankerSettings: ...
+
+    def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> npt.NDArray[np.float32]:
+        """P(Yes) of pairs of a query and a candidate, float32 [N] in [0, 1]."""
 
 
 class Problem(NamedTuple):
@@ -54,11 +74,12 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The scores of the queries that have one value in one field."""
+    """The scores of the queries that have one value in one field; ``reranked`` as in :class:`TaskResult`."""
 
     field: str
     value: str
     scores: Scores
+    reranked: Scores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +91,9 @@ class TaskResult:
     instructions: what the queries were embedded with, when not with the default of the model.
     groups: fields in the order asked for, values by falling number of queries.
     num_embedded, seconds: distinct items that were new to the embedder, and how long they took.
+    reranked: the scores of the same queries after the reranker; ``None`` without one.
+    num_reranked: candidates of each query that it was given.
+    num_pairs, rerank_seconds: distinct pairs that it scored, and how long that took.
     """
 
     dataset: str
@@ -84,6 +108,10 @@ class TaskResult:
     instructions: tuple[str, ...]
     num_embedded: int
     seconds: float
+    reranked: Scores | None = None
+    num_reranked: int = 0
+    num_pairs: int = 0
+    rerank_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
@@ -98,6 +126,12 @@ class RetrievalEvaluator:
     prepare: gives a task's items their instructions; by default those of the paper, by direction.
     group_by: fields of a query to break scores down by, where there are at least two values.
     on_progress: called with how many items of a task are embedded, and how many there are.
+    reranker: also score the order that it gives the first candidates.
+    rerank: how many these are; 5 in Magic-MM-Embedding (table 7).
+    fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
+        reranker's setting.
+    on_rerank: called with how many queries of a task are reranked, and how many there are.
+    Raises InputError when there are none to rerank, or the weight is outside [0, 1].
     """
 
     def __init__(
@@ -107,15 +141,27 @@ class RetrievalEvaluator:
         prepare: Callable[[RetrievalTask], RetrievalTask] = with_instructions,
         group_by: Sequence[str] = GROUP_BY,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        reranker: Reranker | None = None,
+        rerank: int = 5,
+        fusion_weight: float | None = None,
+        on_rerank: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        if rerank < 1:
+            raise InputError(f"rerank must be at least 1, got {rerank}: leave the reranker out to rank without one.")
+        if fusion_weight is not None and not 0 <= fusion_weight <= 1:
+            raise InputError(f"fusion_weight must be from 0 to 1, got {fusion_weight}.")
         self.prepare = prepare
         self.group_by = tuple(group_by)
         self.on_progress = on_progress
+        self.reranker = reranker
+        self.rerank = rerank
+        self.fusion_weight = fusion_weight
+        self.on_rerank = on_rerank
         self._query_vectors = _Vectors(embedder.encode_query)
         self._candidate_vectors = _Vectors(embedder.encode_document)
 
     def evaluate(self, task: RetrievalTask) -> TaskResult:
-        """Embeds what is new, ranks each query's positives among all candidates, and averages."""
+        """Embeds what is new, ranks each query's positives among all candidates, and averages; so again if reranked."""
         started = time.monotonic()
         task = self.prepare(task)
         query_items = [query.item for query in task.queries]
@@ -124,14 +170,21 @@ class RetrievalEvaluator:
         seconds = time.monotonic() - started
 
         column, scored, positives, problems = self._rankable(task)
-        values, chance = {}, {}
+        values: _Values = {}
+        chance: _Values = {}
+        reranked: _Values | None = None if self.reranker is None else {}
         if scored:
-            ranks = rank_embeddings(
-                self._query_vectors.of(query.item for query in scored),
-                self._candidate_vectors.of(c.item for c in task.candidates if c.did in column),
-                positives,
-            )
+            query_QD = self._query_vectors.of(query.item for query in scored)
+            readable = [candidate.item for candidate in task.candidates if candidate.did in column]
+            candidate_CD = self._candidate_vectors.of(readable)
+            ranks = rank_embeddings(query_QD, candidate_CD, positives)
             values, chance = _values(ranks), _values(chance_ranks(ranks.num_positives, len(column)))
+        reranking = _Reranking()
+        if scored and self.reranker is not None:
+            items = [query.item for query in scored]
+            reranking = self._rerank(self.reranker, items, readable, *first_k(query_QD, candidate_CD, self.rerank))
+            reranked = _values(rank_embeddings(query_QD, candidate_CD, positives, first=reranking.first))
+        rows = np.arange(len(scored))
         return TaskResult(
             dataset=task.dataset,
             task=task.task,
@@ -139,13 +192,44 @@ class RetrievalEvaluator:
             num_queries=len(task.queries),
             num_candidates=len(task.candidates),
             num_scored_candidates=len(column),
-            scores=_scores(values, chance, np.arange(len(scored))),
-            groups=tuple(_groups(scored, self.group_by, values, chance)),
+            scores=_scores(values, chance, rows),
+            groups=tuple(_groups(scored, self.group_by, values, chance, reranked)),
             problems=tuple(problems),
             instructions=tuple(sorted({item.instruction for item in query_items if item.instruction is not None})),
             num_embedded=num_embedded,
             seconds=seconds,
+            reranked=None if reranked is None else _scores(reranked, chance, rows),
+            num_reranked=reranking.num_reranked,
+            num_pairs=reranking.num_pairs,
+            rerank_seconds=reranking.seconds,
         )
+
+    def _rerank(
+        self,
+        reranker: Reranker,
+        queries: Sequence[Item],
+        candidates: Sequence[Item],
+        column_QK: npt.NDArray[np.int64],
+        recall_QK: npt.NDArray[np.float32],
+    ) -> _Reranking:
+        """The places that the reranker gives the first candidates of each query."""
+        started = time.monotonic()
+        weight = reranker.settings.fusion_weight if self.fusion_weight is None else self.fusion_weight
+        place_QK = np.zeros_like(column_QK)
+        num_pairs = 0
+        self.on_rerank(0, len(queries))
+        for start in range(0, len(queries), _QUERIES):
+            rows = range(start, min(start + _QUERIES, len(queries)))
+            pairs = [(queries[row], candidates[column]) for row in rows for column in column_QK[row]]
+            # each distinct pair once, so that what is the same has the same score to the last bit
+            distinct = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+            score_N = reranker.predict(list(distinct))
+            score_BK = score_N[[distinct[pair] for pair in pairs]].reshape(len(rows), -1)
+            for row, score_K in zip(rows, score_BK, strict=True):
+                place_QK[row] = places(recall_QK[row], score_K, weight)
+            num_pairs += len(distinct)
+            self.on_rerank(rows.stop, len(queries))
+        return _Reranking(First(column_QK, place_QK), column_QK.shape[1], num_pairs, time.monotonic() - started)
 
     def _rankable(self, task: RetrievalTask) -> tuple[dict[str, int], list[Query], list[list[int]], list[Problem]]:
         """The column of each candidate that has a vector, the queries that can be scored against these with the columns
@@ -191,6 +275,15 @@ def sample_queries(task: RetrievalTask, limit: int) -> RetrievalTask:
     return replace(task, queries=[task.queries[row] for row in sorted(rows.tolist())])
 
 
+class _Reranking(NamedTuple):
+    """What a reranker said of a task; without one, nothing."""
+
+    first: First | None = None
+    num_reranked: int = 0
+    num_pairs: int = 0
+    seconds: float = 0.0
+
+
 class _Vectors:
     """The vectors of the items of one side, and why some have none."""
 
@@ -222,15 +315,14 @@ class _Vectors:
         return self._chunks[0][[self._row[item] for item in items]]
 
 
-def _values(ranks: Ranks) -> dict[str, npt.NDArray[np.floating]]:
+_Values: TypeAlias = "Mapping[str, npt.NDArray[np.floating[Any]]]"  # metric -> its value for each query
+
+
+def _values(ranks: Ranks) -> _Values:
     return {name: metric(ranks) for name, metric in METRICS.items()}
 
 
-def _scores(
-    values: Mapping[str, npt.NDArray[np.floating]],
-    chance: Mapping[str, npt.NDArray[np.floating]],
-    rows: npt.NDArray[np.integer],
-) -> Scores:
+def _scores(values: _Values, chance: _Values, rows: npt.NDArray[np.integer[Any]]) -> Scores:
     return Scores(
         num_queries=len(rows),
         metrics={name: float(value[rows].mean()) for name, value in values.items()},
@@ -239,16 +331,19 @@ def _scores(
 
 
 def _groups(
-    queries: Sequence[Query],
-    fields: Sequence[str],
-    values: Mapping[str, npt.NDArray[np.floating]],
-    chance: Mapping[str, npt.NDArray[np.floating]],
+    queries: Sequence[Query], fields: Sequence[str], values: _Values, chance: _Values, reranked: _Values | None
 ) -> Iterable[Group]:
     for field in fields:
-        rows: dict[str, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for row, query in enumerate(queries):
             if (value := query.fields.get(field)) is not None:
-                rows.setdefault(str(value), []).append(row)
-        if len(rows) > 1:
-            for value in sorted(rows, key=lambda value: (-len(rows[value]), value)):
-                yield Group(field=field, value=value, scores=_scores(values, chance, np.array(rows[value])))
+                found.setdefault(str(value), []).append(row)
+        if len(found) > 1:
+            for value in sorted(found, key=lambda value: (-len(found[value]), value)):
+                rows = np.array(found[value])
+                yield Group(
+                    field=field,
+                    value=value,
+                    scores=_scores(values, chance, rows),
+                    reranked=None if reranked is None else _scores(reranked, chance, rows),
+                )

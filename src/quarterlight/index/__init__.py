@@ -1,6 +1,17 @@
-"""Vectors on disk with what they stand for: rows, locations, and the store that keeps them."""
+"""Vectors on disk with what they stand for: rows, locations, and the stores that keep them and their visual tokens."""
 
 from quarterlight.index.rows import KINDS, Kind, Row
 from quarterlight.index.store import IndexedFile, IndexStore, ModelIdentity
+from quarterlight.index.visual_tokens import PRECISIONS, Precision, VisualTokenStore
 
-__all__ = ["KINDS", "IndexStore", "IndexedFile", "Kind", "ModelIdentity", "Row"]
+__all__ = [
+    "KINDS",
+    "PRECISIONS",
+    "IndexStore",
+    "IndexedFile",
+    "Kind",
+    "ModelIdentity",
+    "Precision",
+    "Row",
+    "VisualTokenStore",
+]

@@ -56,6 +56,16 @@ class Row:
         """32 hex digits that name the place: a later version of the same page of the same file has the same id."""
         return hashlib.sha256(f"{self.uri}#{self.part}".encode()).hexdigest()[:32]
 
+    @property
+    def content_key(self) -> str:
+        """Names what is shown, wherever it is: the same page of copies of a file has the same one."""
+        return content_key(self.content_hash, self.part)
+
+
+def content_key(content_hash: str, part: int) -> str:
+    """See :attr:`Row.content_key`."""
+    return f"{content_hash}#{part}"
+
 
 def schema(dimension: int) -> pa.Schema:
     """The columns of a table of ``dimension``-wide vectors."""

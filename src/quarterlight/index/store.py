@@ -3,6 +3,7 @@
     STORE/vectors_<model hash>.lance/    the table, see quarterlight.index.rows
     STORE/vectors_<model hash>.json      which model made it
     STORE/lock                           held by the one process that writes
+    STORE/tokens_...                     visual tokens, see quarterlight.index.visual_tokens
 
 Every change is one commit of LanceDB: a process that is killed leaves the table as it was before or after the commit.
 """
@@ -16,7 +17,6 @@ import functools
 import json
 import operator
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from quarterlight.errors import InputError, StoreError, did_you_mean
 from quarterlight.images import describe
-from quarterlight.index.rows import KINDS, Kind, Row, from_record, schema, to_table, uri_of
+from quarterlight.index.lance import KEEP_VERSIONS, connect, readable, writable
+from quarterlight.index.rows import KINDS, Kind, Row, content_key, from_record, schema, to_table, uri_of
 
 if TYPE_CHECKING:  # LanceDB takes a second to import, which a --help should not
     from lancedb.expr import Expr
@@ -46,9 +47,6 @@ REFINE_FACTOR = 10
 """The index proposes so many times the wanted number of rows, which are then ranked by their exact vectors."""
 
 _VECTOR_INDEX = "vector_idx"
-
-KEEP_VERSIONS = datetime.timedelta(minutes=10)
-"""How long a version of the table outlives its successor, for the sake of searches that are under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +76,19 @@ class IndexedFile(NamedTuple):
     mtime_ns: int
     content_hash: str
     problems: tuple[str, ...]
+
+
+class Picture(NamedTuple):
+    """A picture or page that has a row; fields as in :class:`Row`."""
+
+    kind: Kind
+    part: int
+    content_hash: str
+
+    @property
+    def key(self) -> str:
+        """As of its row, see :attr:`Row.content_key`."""
+        return content_key(self.content_hash, self.part)
 
 
 class Match(NamedTuple):
@@ -112,16 +123,16 @@ class IndexStore:
                 "vectors cannot be compared. Choose the model of the index with --model, or run `quarterlight index` "
                 "again with this one."
             )
-        with _readable(folder):
-            return cls(folder, model, _connect(folder).open_table(model.table_name))
+        with readable(folder):
+            return cls(folder, model, connect(folder).open_table(model.table_name))
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], model: ModelIdentity) -> IndexStore:
         """The table of ``model``, made empty if it is not there yet.  Raises StoreError when it cannot be written."""
         folder = Path(folder)
-        with _writable(folder):
+        with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            table = _connect(folder).create_table(model.table_name, schema=schema(model.dimension), exist_ok=True)
+            table = connect(folder).create_table(model.table_name, schema=schema(model.dimension), exist_ok=True)
             manifest = folder / f"{model.table_name}.json"
             if not manifest.exists():
                 created = datetime.datetime.now(datetime.UTC).isoformat()
@@ -133,7 +144,7 @@ class IndexStore:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Keeps other writers out, of this and every other model.  Raises StoreError when one is at work."""
-        with _writable(self.folder):
+        with writable(self.folder):
             lock = (self.folder / "lock").open("w")
         with lock:
             try:
@@ -147,7 +158,7 @@ class IndexStore:
     def count(self, kind: Kind | None = None) -> int:
         """The number of rows, of one kind or in all."""
         where = _where(kind, None)
-        with _readable(self.folder):
+        with readable(self.folder):
             return int(self._table.count_rows(where.to_sql() if where is not None else None))
 
     def files(self, *, within: str | os.PathLike[str] | None = None) -> dict[str, IndexedFile]:
@@ -155,16 +166,27 @@ class IndexStore:
         where = _where(None, within)
         columns = ["uri", *IndexedFile._fields]
         files: dict[str, IndexedFile] = {}
-        with _readable(self.folder):
+        with readable(self.folder):
             for batch in self._select(where, columns).to_batches():
                 for record in batch.to_pylist():
                     uri = record.pop("uri")
                     files[uri] = IndexedFile(**record | {"problems": tuple(record["problems"])})
         return files
 
+    def pictures(self) -> dict[str, list[Picture]]:
+        """URI -> the pictures and pages of the file that have rows, for every file that has any."""
+        from lancedb.expr import col, lit
+
+        pictures: dict[str, list[Picture]] = {}
+        with readable(self.folder):
+            for batch in self._select(col("kind") != lit("text"), ["uri", *Picture._fields]).to_batches():
+                for record in batch.to_pylist():
+                    pictures.setdefault(record.pop("uri"), []).append(Picture(**record))
+        return pictures
+
     def rows(self, uris: Collection[str]) -> tuple[list[Row], npt.NDArray[np.float32]]:
         """All rows of some files with their vectors, float32 [rows, dimension], in no particular order."""
-        with _readable(self.folder):
+        with readable(self.folder):
             table = self._select(_of(uris), None).to_arrow()
         flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         rows = [from_record(record) for record in table.drop_columns(["vector"]).to_pylist()]
@@ -187,13 +209,13 @@ class IndexStore:
         merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         if known:
             merge = merge.when_not_matched_by_source_delete(_of(known))
-        with _writable(self.folder):
+        with writable(self.folder):
             merge.execute(to_table(rows, vector_ND))
 
     def delete(self, uris: Collection[str]) -> None:
         """Remove all rows of some files."""
         if uris:
-            with _writable(self.folder):
+            with writable(self.folder):
                 self._table.delete(_of(uris))
 
     def optimize(self) -> None:
@@ -203,7 +225,7 @@ class IndexStore:
         """
         from lancedb.index import IvfFlat, IvfRq
 
-        with _writable(self.folder):
+        with writable(self.folder):
             if self._table.stats()["fragment_stats"]["num_fragments"] > MAX_FRAGMENTS:
                 self._table.optimize(cleanup_older_than=KEEP_VERSIONS, delete_unverified=True)
             stats = self._table.index_stats(_VECTOR_INDEX)
@@ -237,7 +259,7 @@ class IndexStore:
         where = _where(kind, within)
         if where is not None:
             query = query.where(where, prefilter=True)
-        with _readable(self.folder):
+        with readable(self.folder):
             found = query.select([*Row.__dataclass_fields__, "_distance"]).to_list()
         matches = [Match(from_record(record), 1.0 - record["_distance"]) for record in found]
         return sorted(matches, key=lambda match: (-match.score, match.row.uri, match.row.part))
@@ -263,12 +285,6 @@ def models_of(folder: str | os.PathLike[str]) -> list[ModelIdentity]:
     return [model for _, model in sorted(found, key=lambda pair: pair[0])]
 
 
-def _connect(folder: Path) -> Any:
-    import lancedb
-
-    return lancedb.connect(folder, read_consistency_interval=datetime.timedelta(0))  # a search sees what is committed
-
-
 def _of(uris: Collection[str]) -> Expr:
     from lancedb.expr import col
 
@@ -288,31 +304,3 @@ def _where(kind: Kind | None, within: str | os.PathLike[str] | None) -> Expr | N
         below = (col("uri") >= lit(f"{uri}/")) & (col("uri") < lit(f"{uri}0"))  # "0" follows "/" in ASCII
         conditions.append((col("uri") == lit(uri)) | below)
     return functools.reduce(operator.and_, conditions) if conditions else None
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"The index in {describe(folder)} cannot be read: {_reason(error)}.") from error
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise StoreError(
-            f"The index in {describe(folder)} cannot be written: {_reason(error)}. What was written before is kept; "
-            "run the same command again when this is mended."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """``No space left on device`` out of what Lance wraps around it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).split())
-    inner = re.search(r"LanceError\(\w+\): (.+?)(?: \(os error \d+\))?(?:, /\S+:\d+:\d+|$)", text)
-    return (inner[1] if inner else text).rstrip(".")

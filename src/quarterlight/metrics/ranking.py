@@ -7,12 +7,12 @@ exactly chance, and chance *is* the metric of :func:`chance_ranks`.
 A positive's rank needs only two counts, how many candidates score higher and how many the same, so the [Q, C] scores
 exist one block of rows at a time and every metric is exact at any depth.
 
-Legend of shapes: Q queries, C candidates, D dimensions, P positives of all queries together.
+Legend of shapes: Q queries, C candidates, D dimensions, P positives of all queries together, K candidates put first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,6 +24,9 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 
 # Equal vectors may differ in the last bits of their float32 products, depending on where in a matrix block they stand.
 PRODUCT_TOLERANCE = 1e-6
+
+MAX_SCORES = 1 << 25
+"""Scores of queries and candidates that are held at once, 4 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -54,35 +57,84 @@ class Ranks:
         return np.cumsum(self.num_positives) - self.num_positives
 
 
+@dataclass(frozen=True)
+class First:
+    """Candidates of each query that stand before all others, whatever their scores.
+
+    column: int64 [Q, K], each once.  place: int64 [Q, K], 0 for the best, equal ones for a tie.
+    """
+
+    column: Ints
+    place: Ints
+
+
 def rank_embeddings(
     query_QD: Floats,
     candidate_CD: Floats,
     positives: Sequence[Sequence[int]],
     *,
+    first: First | None = None,
     tolerance: float = PRODUCT_TOLERANCE,
-    max_scores: int = 1 << 25,
+    max_scores: int = MAX_SCORES,
 ) -> Ranks:
     """The ranks of each query's positives by dot product over all candidates, exact.
 
     query_QD, candidate_CD: rows of L2 norm 1, any float type (computed in float32).
     positives: columns in [0, C) for each query, at least one.  tolerance: scores this near count as tied.
+    first: candidates that something else has put in order, such as a reranker those of :func:`first_k`.
     max_scores: how many scores are held at once (4 bytes each), at least one row.
     """
     if len(query_QD) != len(positives):
         raise ValueError(f"There are {len(query_QD)} query vectors and positives for {len(positives)} queries.")
-    rows = max(1, max_scores // max(1, len(candidate_CD)))
-    transposed_DC = np.ascontiguousarray(candidate_CD, dtype=np.float32).T
-    blocks = [
-        rank_scores(
-            np.asarray(query_QD[start : start + rows], dtype=np.float32) @ transposed_DC,
-            positives[start : start + rows],
-            tolerance=tolerance,
-        )
-        for start in range(0, len(query_QD), rows)
-    ]
+    blocks = []
+    for rows, score_BC in _blocks(query_QD, candidate_CD, max_scores):
+        if first is not None and first.column.shape[1]:
+            # steps of 1 between places, all above any dot product
+            top_BK = 2.0 + first.column.shape[1] - first.place[rows]
+            np.put_along_axis(score_BC, first.column[rows], top_BK.astype(np.float32), axis=1)
+        blocks.append(rank_scores(score_BC, positives[rows], tolerance=tolerance))
     columns = ("higher", "tied", "tied_positives", "num_positives")
     empty = np.zeros(0, np.int64)
     return Ranks(*(np.concatenate([empty, *(getattr(block, column) for block in blocks)]) for column in columns))
+
+
+def first_k(
+    query_QD: Floats,
+    candidate_CD: Floats,
+    k: int,
+    *,
+    tolerance: float = PRODUCT_TOLERANCE,
+    max_scores: int = MAX_SCORES,
+) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """The K = min(k, C) candidates of highest dot product of each query, int64 [Q, K], best first, and these [Q, K].
+
+    Of candidates that tie for the last places some are drawn, always the same for the same row: their order in the pool
+    means nothing, and where positives are listed first it would tell.  Other arguments as of :func:`rank_embeddings`.
+    """
+    size = min(k, len(candidate_CD))
+    column_QK = np.empty((len(query_QD), size), np.int64)
+    score_QK = np.empty((len(query_QD), size), np.float32)
+    for rows, score_BC in _blocks(query_QD, candidate_CD, max_scores) if size else ():
+        for row, score_C in enumerate(score_BC, start=rows.start):
+            last = np.partition(score_C, -size)[-size]
+            sure = np.flatnonzero(score_C > last + tolerance)
+            tied = np.flatnonzero(np.abs(score_C - last) <= tolerance)
+            drawn = tied
+            if len(sure) + len(tied) > size:
+                drawn = np.random.default_rng((0, row)).choice(tied, size - len(sure), replace=False)
+            columns = np.concatenate([sure, drawn])
+            column_QK[row] = columns[np.argsort(-score_C[columns], kind="stable")]
+            score_QK[row] = score_C[column_QK[row]]
+    return column_QK, score_QK
+
+
+def _blocks(query_QD: Floats, candidate_CD: Floats, max_scores: int) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Some rows, and their dot products with all candidates, float32 [rows, C], until all are done."""
+    rows = max(1, max_scores // max(1, len(candidate_CD)))
+    transposed_DC = np.ascontiguousarray(candidate_CD, dtype=np.float32).T
+    for start in range(0, len(query_QD), rows):
+        some = slice(start, start + rows)
+        yield some, np.asarray(query_QD[some], dtype=np.float32) @ transposed_DC
 
 
 def rank_scores(score_QC: Floats, positives: Sequence[Sequence[int]], *, tolerance: float = 0.0) -> Ranks:

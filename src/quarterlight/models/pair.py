@@ -69,7 +69,7 @@ def save_pair(folder: str | os.PathLike[str], embedder: Path, reranker: Path) ->
             f"{embedder} and {reranker} differ in vision tower or connector, so that they cannot share them: train the "
             "reranker from the embedder (rerank.initial: finetune), or the embedder with LoRA."
         )
-    if (embedder / "tokenizer.json").read_bytes() != (reranker / "tokenizer.json").read_bytes():
+    if _spelling(embedder) != _spelling(reranker):
         raise CheckpointError(f"{embedder} and {reranker} have different tokenizers.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
@@ -142,6 +142,13 @@ def _share(trunk: Any, head: Any) -> None:
             parent, _, last = name.rpartition(".")
             setattr(head.base_model.get_submodule(parent), last, weight)
     head.tie_weights()
+
+
+def _spelling(folder: Path) -> list[Any]:
+    """What decides the tokens of a text; how a file says what means nothing may differ."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = content["model"]
+    return [model["vocab"], model["merges"], content["added_tokens"], content["normalizer"], content["pre_tokenizer"]]
 
 
 def _tensors(folder: Path) -> dict[str, Path]:

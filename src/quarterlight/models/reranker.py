@@ -148,9 +148,9 @@ class Reranker:
         self.settings = settings
         self.tokens_per_batch = tokens_per_batch
         self.answers = AnswerTokens.of(processor.tokenizer, name)
-        self._formatter = RerankFormatter(processor, settings)
-        # reads pictures; no prompt of its is ever seen by the model
-        self._eyes = Embedder.from_model(
+        self.formatter = RerankFormatter(processor, settings)
+        # makes visual tokens of pictures; its prompts are never read
+        self.eyes = Embedder.from_model(
             model,
             processor,
             EmbedderSettings(max_tiles=settings.max_tiles),
@@ -351,7 +351,7 @@ class Reranker:
                 unseen.setdefault(key, number)
         rows = list(unseen.values())
         try:
-            tokens_U = self._eyes.visual_tokens([items[row] for row in rows])
+            tokens_U = self.eyes.visual_tokens([items[row] for row in rows])
         except ImageError as error:
             place, _, reason = str(error).removeprefix("Item ").partition(": ")
             raise ImageError(f"{names[rows[int(place)]]}: {reason}") from error
@@ -362,7 +362,7 @@ class Reranker:
         return found
 
     def _pictures(self, item: Item) -> Hashable:
-        return _key(Item(image=item.image, max_tiles=self._formatter.max_tiles(item)))
+        return _key(Item(image=item.image, max_tiles=self.formatter.max_tiles(item)))
 
     @torch.inference_mode()
     def _scores(
@@ -377,7 +377,7 @@ class Reranker:
         if not items:
             return np.empty(0, np.float32)
         P, cache = self._read_query(query, instruction, seen, listwise=False)
-        tails = self._fitting(self._formatter.tails(items, positions), P)
+        tails = self._fitting(self.formatter.tails(items, positions), P)
         ids = [self._expand(tail, [item], seen) for tail, item in zip(tails, items, strict=True)]
         # the same candidate twice is read once
         keys = [(tail, self._pictures(item) if item.images else None) for tail, item in zip(tails, items, strict=True)]
@@ -407,7 +407,7 @@ class Reranker:
     ) -> npt.NDArray[np.float32]:
         """The probabilities of the numbers of the candidates of a list, float32 [C]."""
         P, cache = self._read_query(query, instruction, seen, listwise=True)
-        (tail,) = self._fitting([self._formatter.list_tail(items, positions)], P)
+        (tail,) = self._fitting([self.formatter.list_tail(items, positions)], P)
         ids = self._expand(tail, items, seen)
         logits_1C = self._answer([ids], [items], cache, seen, list(self.answers.numbers[: len(items)]))
         return self._finite(logits_1C.softmax(dim=1)[0].cpu().numpy())
@@ -421,7 +421,7 @@ class Reranker:
         self, query: Item, instruction: str | None, seen: dict[Hashable, VisualTokens], *, listwise: bool
     ) -> tuple[int, DynamicCache]:
         """Tokens of the prefix, and their keys and values in all layers."""
-        prefix = self._formatter.prefix(query, instruction, listwise=listwise)
+        prefix = self.formatter.prefix(query, instruction, listwise=listwise)
         ids = self._expand(prefix, [query], seen)
         # the template up to the query is the same for all queries
         opening = sum(len(run) for _, run in prefix.runs[: 1 + bool(self.settings.system_prompt.strip())])
@@ -440,12 +440,12 @@ class Reranker:
         Says in the log how many texts were cut, for that or for ``text_max_tokens``.
         """
         room = self.model.config.text_config.max_position_embeddings - prefix_tokens
-        limit = self._formatter.settings.text_max_tokens
+        limit = self.formatter.settings.text_max_tokens
         num_cut = sum(kind == "text" and len(run) >= limit for tail in tails for kind, run in tail.runs)
         fitting = []
         for tail in tails:
             images = sum(kind == "image" for kind, _ in tail.runs)
-            excess = tail.num_tokens + images * self._formatter.tokenize.num_image_tokens(1) - room
+            excess = tail.num_tokens + images * self.formatter.tokenize.num_image_tokens(1) - room
             if excess > 0:
                 tail = _shortened(tail, excess)
                 num_cut += 1
@@ -457,7 +457,7 @@ class Reranker:
     def _expand(self, prompt: TokenizedPrompt, items: Sequence[Item], seen: dict[Hashable, VisualTokens]) -> list[int]:
         """The ids of a prompt, with as many slots for pictures as they have visual tokens."""
         tiles = [count for item in items if item.images for count in seen[self._pictures(item)].tiles]
-        return self._formatter.tokenize.expand(prompt, tiles)[0]
+        return self.formatter.tokenize.expand(prompt, tiles)[0]
 
     def _answer(
         self,

@@ -8,6 +8,7 @@ B rows, L tokens, D columns; P tokens in common.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,15 @@ def common_prefix(input_ids_BL: Tensor, attention_mask_BL: Tensor, image_token_i
     alike_L = (input_ids_BL == input_ids_BL[:1]).all(dim=0) & (input_ids_BL[0] != image_token_id)
     limit = int(attention_mask_BL.sum(dim=1).min()) - 1
     return min(limit, int(alike_L.long().cumprod(dim=0).sum()))
+
+
+def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A cache that begins, in each of so many rows, as one of a single row; what it takes up, that one does not see."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in branch.layers:
+        layer.keys, layer.values = (one.expand(rows, -1, -1, -1) for one in (layer.keys, layer.values))
+    return branch
 
 
 def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -41,10 +51,9 @@ def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     P = common_prefix(input_ids, mask, image_token_id)
     cache: Any = None
     if P:
-        cache = DynamicCache(config=model.config.text_config)
-        model.language_model(inputs_embeds=embeds[:1, :P], past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
-            layer.keys, layer.values = (one.expand(len(embeds), -1, -1, -1) for one in (layer.keys, layer.values))
+        alone: Any = DynamicCache(config=model.config.text_config)
+        model.language_model(inputs_embeds=embeds[:1, :P], past_key_values=alone, use_cache=True)
+        cache = repeated(alone, len(embeds))
     hidden_BLD = model.language_model(
         inputs_embeds=embeds[:, P:], past_key_values=cache, use_cache=P > 0
     ).last_hidden_state

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import TypeAlias
 
 from quarterlight.images import describe, load_image
 from quarterlight.records import Item, ItemLike
 from quarterlight.search.documents import thumbnail
 from quarterlight.search.retrieve import Hit
+
+Hits: TypeAlias = "Sequence[Hit] | Mapping[str, Sequence[Hit]]"
+"""What one query found; or several orders of it, by name, which are shown beside each other."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #f6f5f2; --card: #fff; --ink: #1d1d1b; --soft: #6d6b66; --line: #e3e1db;
@@ -52,6 +56,9 @@ a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .label small { display: block; color: var(--soft); overflow-wrap: anywhere; }
 .score { float: right; margin-left: .5rem; color: var(--accent); font-variant-numeric: tabular-nums; }
 .bar { height: 3px; margin-top: auto; background: var(--accent); }
+.score small { text-align: right; }
+.orders { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 2rem; }
+.orders h3 { margin: 0 0 .75rem; font-size: 1rem; font-weight: 600; }
 .none { color: var(--soft); }
 """
 
@@ -60,12 +67,13 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-ur
 
 def write_contact_sheet(
     path: str | os.PathLike[str],
-    results: Sequence[tuple[ItemLike, Sequence[Hit]]],
+    results: Sequence[tuple[ItemLike, Hits]],
     *,
     title: str = "Quarterlight",
 ) -> None:
     """Write queries and their hits as one self-contained HTML file.
 
+    Hits that were reranked show that score, with the cosine below.
     Raises ImageError when a query's picture cannot be read, OSError when the file cannot be written.
     """
     sections = "\n".join(_section(Item.parse(query), hits) for query, hits in results)
@@ -90,17 +98,26 @@ def write_contact_sheet(
     unfinished.replace(path)
 
 
-def _section(query: Item, hits: Sequence[Hit]) -> str:
+def _section(query: Item, hits: Hits) -> str:
     pictures = "".join(_image(thumbnail(load_image(source)), "query picture") for source in query.images)
     words = _text((query.text or "").strip()) or "Like this picture"
-    count = f"{len(hits)} {'result' if len(hits) == 1 else 'results'}"
-    best = max((hit.score for hit in hits), default=1.0)
-    cards = "\n".join(_card(rank, hit, best) for rank, hit in enumerate(hits, start=1))
-    body = f"<ol>\n{cards}\n</ol>" if hits else '<p class="none">Nothing was found.</p>'
+    if isinstance(hits, Mapping):
+        number = max(map(len, hits.values()), default=0)
+        lists = (f"<div><h3>{_text(name)}</h3>\n{_list(order)}</div>" for name, order in hits.items())
+        body = f'<div class="orders">{"".join(lists)}</div>'
+    else:
+        number, body = len(hits), _list(hits)
+    count = f"{number} {'result' if number == 1 else 'results'}"
     return f"""<section>
 <div class="query">{pictures}<div><h2>{words}</h2><p>{count}</p></div></div>
 {body}
 </section>"""
+
+
+def _list(hits: Sequence[Hit]) -> str:
+    best = max((hit.score for hit in hits), default=1.0)
+    cards = "\n".join(_card(rank, hit, best) for rank, hit in enumerate(hits, start=1))
+    return f"<ol>\n{cards}\n</ol>" if hits else '<p class="none">Nothing was found.</p>'
 
 
 def _card(rank: int, hit: Hit, best: float) -> str:
@@ -113,9 +130,14 @@ def _card(rank: int, hit: Hit, best: float) -> str:
         picture = f'<span class="picture words"><span>{_text(hit.snippet)}</span></span>'
     place = f"page {hit.page}" if hit.page else f"{hit.width} × {hit.height}" if hit.kind == "image" else ""
     details = " · ".join(_text(part) for part in (f"#{rank}", hit.title, place) if part)
-    width = 100 * max(0.0, min(1.0, hit.score / best)) if best > 0 else 0
+    if hit.rerank_score is not None:
+        width = 100 * hit.rerank_score
+        score = f"{hit.rerank_score:.3f}<small>cosine {hit.score:.3f}</small>"
+    else:
+        width = 100 * max(0.0, min(1.0, hit.score / best)) if best > 0 else 0
+        score = f"{hit.score:.3f}"
     return f"""<li><a href="{link}" title="{_text(describe(hit.path))}">{picture}
-<span class="label"><span class="score">{hit.score:.3f}</span><strong>{_text(name)}</strong>
+<span class="label"><span class="score">{score}</span><strong>{_text(name)}</strong>
 <small>{details}</small></span></a><div class="bar" style="width:{width:.0f}%"></div></li>"""
 
 

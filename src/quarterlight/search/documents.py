@@ -29,8 +29,8 @@ IMAGE_PIXELS = 448
 PAGE_PIXELS = 896
 """Longest side of a rendered page: two tiles of InternVL, of which a page gets two or four."""
 
-PAGE_TILES = 4
-"""Tiles of a page, thumbnail not counted (Magic-MM-Embedding, section 5.2)."""
+TILES: dict[Kind, int] = {"image": 1, "page": 4}
+"""The most tiles of a picture and of a page, thumbnail not counted (Magic-MM-Embedding, section 5.2)."""
 
 MAX_TEXT_BYTES = 16 * 2**20
 """A larger text file is data rather than something to read, and is reported instead."""
@@ -78,6 +78,37 @@ def read_parts(file: FoundFile) -> Iterator[Part | BrokenPart]:
             yield from _text_parts(file.path, plain_sections(_read_text(file.path)))
 
 
+def read_again(path: str, kind: Kind, part: int) -> Item:
+    """The picture, or the one page, that was indexed as this part of a file, as the model got it.
+
+    Of the sections of texts the table has the words: see :func:`section_item`.
+    Raises InputError, whose message starts with the file's name, when the file has no such part or cannot be read.
+    """
+    if kind == "image":
+        return Item(image=load_image(path, reduce_to=IMAGE_PIXELS), max_tiles=TILES[kind])
+    assert kind == "page", kind
+    document = _open_pdf(path)
+    try:
+        with _pdfium_lock:
+            num_pages = len(document)
+            if not 1 <= part <= num_pages:
+                raise InputError(f"{describe(path)} has no page {part} any more: it has {num_pages}.")
+            try:
+                image, _, _ = _render(document, part - 1)
+            except Exception as error:  # whatever a damaged page trips, a search must not end for it
+                reason = str(error).rstrip(".")
+                raise InputError(f"{describe(path)} page {part} of {num_pages} cannot be read: {reason}.") from error
+    finally:
+        with _pdfium_lock:
+            document.close()
+    return Item(image=image, max_tiles=TILES[kind])
+
+
+def section_item(title: str, text: str) -> Item:
+    """A section of a text as the model gets it."""
+    return Item(text=f"{title}\n\n{text}" if title else text)
+
+
 def thumbnail(image: Image.Image) -> bytes:
     """A WebP picture of at most 320 pixels a side and 32 KB."""
     small = image.copy()
@@ -93,7 +124,7 @@ def thumbnail(image: Image.Image) -> bytes:
 def _read_image(path: str) -> Part:
     image = load_image(path, reduce_to=IMAGE_PIXELS)
     width, height = image_size(path)
-    item = Item(image=image, max_tiles=1)
+    item = Item(image=image, max_tiles=TILES["image"])
     return Part(item=item, kind="image", part=0, width=width, height=height, thumbnail=thumbnail(image))
 
 
@@ -113,7 +144,7 @@ def _read_pages(path: str) -> Iterator[Part | BrokenPart]:
                 yield BrokenPart(f"page {number} of {num_pages} cannot be read: {str(error).rstrip('.')}")
                 continue
             yield Part(
-                item=Item(image=image, max_tiles=PAGE_TILES),
+                item=Item(image=image, max_tiles=TILES["page"]),
                 kind="page",
                 part=number,
                 width=round(size[0]),
@@ -190,8 +221,7 @@ def _text_parts(path: str, sections: list[Section]) -> Iterator[Part]:
     if not sections:
         raise InputError(f"{describe(path)} is empty: expected a text.")
     for number, (title, text) in enumerate(sections, start=1):
-        item = Item(text=f"{title}\n\n{text}" if title else text)
-        yield Part(item=item, kind="text", part=number, text=_clean(text), title=_clean(title))
+        yield Part(item=section_item(title, text), kind="text", part=number, text=_clean(text), title=_clean(title))
 
 
 def _clean(text: str) -> str:

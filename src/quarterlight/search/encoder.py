@@ -1,15 +1,25 @@
-"""What indexing and searching ask of a model; :class:`quarterlight.models.embedder.Embedder` gives it."""
+"""What indexing and searching ask of models.
+
+:class:`quarterlight.models.embedder.Embedder` is an :class:`Encoder` with :class:`Eyes`, and
+:class:`quarterlight.models.reranker.Reranker` a :class:`Reranker`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from quarterlight.index import ModelIdentity
 from quarterlight.records import Item
+
+if TYPE_CHECKING:  # imports torch
+    from quarterlight.models.settings import RerankerSettings
+
+Tokens: TypeAlias = "npt.NDArray[np.floating[Any]] | None"
+"""Visual tokens of all tiles of an item's picture, ``[tokens, columns]``; ``None`` where there are none."""
 
 
 class Encoder(Protocol):
@@ -32,6 +42,48 @@ class Encoder(Protocol):
 
     def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
         """Vectors of what is searched for. Raises InputError for an item that cannot be used."""
+
+
+class Eyes(Encoder, Protocol):
+    """An encoder that also tells what it saw, for the visual tokens of an index.
+
+    vision_hash: hex, over everything that changes a visual token.
+    """
+
+    @property
+    def vision_hash(self) -> str: ...
+
+    def encode_document_with_visual_tokens(
+        self, items: Sequence[Item], *, instruction: str | None = None
+    ) -> tuple[npt.NDArray[np.float32], Sequence[Tokens]]:
+        """As ``encode_document``, and the visual tokens of each item."""
+
+
+class Reranker(Protocol):
+    """Tells how well candidates meet a query.
+
+    vision_hash: as of :class:`Eyes`; stored tokens of the same hash are used in place of pictures.
+    settings: of which the weight of its score beside the cosine.
+    """
+
+    @property
+    def vision_hash(self) -> str: ...
+
+    @property
+    def settings(self) -> RerankerSettings: ...
+
+    def score(
+        self,
+        query: Item,
+        candidates: Sequence[Item],
+        *,
+        instruction: str | None = None,
+        visual_tokens: Sequence[Tokens] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """P(Yes) of each candidate, in [0, 1].
+
+        visual_tokens: of each candidate, whose picture is then not looked at; ``None`` for the others.
+        """
 
 
 def identity_of(encoder: Encoder) -> ModelIdentity:

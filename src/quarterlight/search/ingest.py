@@ -3,6 +3,9 @@
 Threads read files into a short queue, the calling thread embeds what comes out and writes whole files, so memory does
 not grow with the corpus, and a process that is killed has either all rows of a file in the table or those of before.
 The table then depends on the files alone, not on how often or when indexing was interrupted.
+
+Where visual tokens are kept, those of a file are written before its rows, so that after a kill no new row lacks them;
+tokens without a row are harmless, and removed at the end of the next run.
 """
 
 from __future__ import annotations
@@ -14,17 +17,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from quarterlight.errors import InputError, StoreError
 from quarterlight.images import content_hash, describe
-from quarterlight.index import IndexStore, Row
+from quarterlight.index import IndexStore, Precision, Row, VisualTokenStore
 from quarterlight.index.rows import path_of, uri_of
-from quarterlight.search.documents import BrokenPart, Part, read_parts
-from quarterlight.search.encoder import Encoder
+from quarterlight.index.store import Picture, models_of
+from quarterlight.records import Item
+from quarterlight.search.documents import BrokenPart, Part, read_again, read_parts
+from quarterlight.search.encoder import Encoder, Eyes, Tokens
 from quarterlight.search.walk import READERS, FoundFile, Problem, Walk, walk
 
 _ROWS_OF_A_COPY = 10  # a guess: the rows of a file that is a copy are fetched when they are written
@@ -42,6 +47,22 @@ class IngestConfig:
     """rows kept in memory before they are written"""
     seconds_per_commit: float = 20.0
     """time after which fewer rows are written too: the most work that a kill can cost"""
+    token_bytes_per_write: int = 64 * 2**20
+    """visual tokens kept in memory before they are written, ahead of their rows; pages have up to megabytes of them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReport:
+    """The visual tokens that are kept beside the rows.
+
+    num_added, num_removed: pictures and pages in this run.  num_items, num_bytes: all there are, and what they take.
+    """
+
+    precision: Precision
+    num_added: int
+    num_removed: int
+    num_items: int
+    num_bytes: int
 
 
 @dataclass(kw_only=True)
@@ -52,6 +73,7 @@ class IngestReport:
     num_other: files of kinds that are not indexed.  num_rows: rows of the table afterwards.
     problems: one for each file, folder or page that is not in the index.
     stopped: why indexing ended early, e.g. a full disk; what was written before is in the index.
+    visual_tokens: ``None`` where none are kept.
     """
 
     new: int = 0
@@ -64,6 +86,14 @@ class IngestReport:
     seconds: float = 0.0
     problems: list[Problem] = field(default_factory=list)
     stopped: str | None = None
+    visual_tokens: TokenReport | None = None
+
+
+class _Encoded(NamedTuple):
+    """What the model made of a part."""
+
+    vector: npt.NDArray[np.float32]
+    tokens: Tokens
 
 
 @dataclass
@@ -100,6 +130,7 @@ def ingest(
     store: IndexStore,
     encoder: Encoder,
     *,
+    visual_tokens: Precision | None = None,
     config: IngestConfig | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> IngestReport:
@@ -108,6 +139,9 @@ def ingest(
     A file whose size and time of change are known is taken as unchanged; else its content decides, and content that
     the table knows under another name is not embedded again.  After a normal end the rows below ``paths`` are those of
     the files that can be read, and of those that could not be looked at.
+    visual_tokens: also keep what the encoder's eyes made of pictures and pages, in this precision, for a reranker with
+        the same eyes; what is known already but has none is looked at again.  ``None`` keeps them where the store has
+        some of these eyes, in the precision they have.
     on_progress: called with the numbers of files done and in all.
     Raises InputError when one of ``paths`` does not exist, StoreError when another process writes to the store.
     """
@@ -115,17 +149,78 @@ def ingest(
     roots = list(paths)
     with store.writing():
         found = walk(roots, skip=store.folder)
-        run = _Run(store, encoder, config or IngestConfig(), found, on_progress)
+        config = config or IngestConfig()
+        token_store = _token_store(store, encoder, visual_tokens)
+        tokens = _TokenWriter(token_store, config.token_bytes_per_write) if token_store else None
+        run = _Run(store, encoder, config, found, tokens, on_progress)
         try:
             run.embed_and_write()
+            run.fill_visual_tokens()
             run.delete_vanished(roots)
             store.optimize()
+            if tokens is not None:
+                tokens.clean(store)
         except StoreError as error:
             run.report.stopped = str(error)
         run.report.num_rows = store.count()
+        if tokens is not None:
+            run.report.visual_tokens = tokens.report()
     run.report.problems.sort()
     run.report.seconds = time.monotonic() - started
     return run.report
+
+
+def _token_store(store: IndexStore, encoder: Encoder, precision: Precision | None) -> VisualTokenStore | None:
+    """Where visual tokens are kept, if they are."""
+    if precision is not None:
+        return VisualTokenStore.create(store.folder, cast(Eyes, encoder).vision_hash, precision)
+    if not VisualTokenStore.any_in(store.folder):
+        return None
+    return VisualTokenStore.find(store.folder, cast(Eyes, encoder).vision_hash)
+
+
+class _TokenWriter:
+    """Visual tokens on their way to the disk: each picture's once."""
+
+    def __init__(self, store: VisualTokenStore, bytes_per_write: int) -> None:
+        self.store = store
+        self.bytes_per_write = bytes_per_write
+        self.keys = store.keys()
+        self.num_added = self.num_removed = 0
+        self._waiting: dict[str, npt.NDArray[np.floating]] = {}
+        self._num_bytes = 0
+
+    def add(self, key: str, tokens: Tokens) -> None:
+        if tokens is None or key in self.keys:
+            return
+        self.keys.add(key)
+        self._waiting[key] = tokens
+        self._num_bytes += tokens.nbytes
+        if self._num_bytes >= self.bytes_per_write:
+            self.flush()
+
+    def flush(self) -> None:
+        self.store.add(self._waiting)
+        self.num_added += len(self._waiting)
+        self._waiting, self._num_bytes = {}, 0
+
+    def clean(self, store: IndexStore) -> None:
+        """Removes what no row of any model refers to, and what is no longer in use."""
+        tables = [IndexStore.open(store.folder, model) for model in models_of(store.folder)]
+        keep = {one.key for table in tables for pictures in table.pictures().values() for one in pictures}
+        self.num_removed = self.store.prune(keep)
+        self.store.drop_others()
+        self.store.optimize()
+
+    def report(self) -> TokenReport:
+        size = self.store.size()
+        return TokenReport(
+            precision=self.store.precision,
+            num_added=self.num_added,
+            num_removed=self.num_removed,
+            num_items=size.num_items,
+            num_bytes=size.num_bytes,
+        )
 
 
 class _Run:
@@ -135,9 +230,11 @@ class _Run:
         encoder: Encoder,
         config: IngestConfig,
         found: Walk,
+        tokens: _TokenWriter | None,
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.store, self.encoder, self.config, self.on_progress = store, encoder, config, on_progress
+        self.tokens = tokens
         self.report = IngestReport(num_other=found.num_other, problems=found.problems)
         self.files = {uri_of(file.path): file for file in found.files}
         self.closed = found.closed
@@ -148,6 +245,9 @@ class _Run:
         }
         self.num_done = 0
         self.failed: list[str] = []
+        self.blind: set[str] = set()  # files that are unchanged, but whose visual tokens are missing
+        if tokens is not None:
+            self.blind = {uri for uri in self._missing_tokens() if uri not in self.fresh}
         self.ready: list[_Document] = []
         self.last_commit = time.monotonic()
 
@@ -155,7 +255,8 @@ class _Run:
         """Reads, embeds and writes what is not known yet.  What is complete is written even when stopped half-way."""
         for uri in self.files.keys() - self.fresh.keys():
             self._report_broken(self.files[uri].path, self.known[uri].problems)
-            self._done("unchanged")
+            if uri not in self.blind:
+                self._done("unchanged")
         documents: list[_Document] = []
         parts: list[Part | None] = []
         # made one by one and dropped when written: they hold rows
@@ -175,6 +276,59 @@ class _Run:
             raise
         finally:
             reading.stop()
+
+    def fill_visual_tokens(self) -> None:
+        """Looks again at the pictures and pages of these files that have rows, but no visual tokens."""
+        if self.tokens is None:
+            return
+        missing = self._missing_tokens()
+        batch: list[tuple[str, Picture, Item]] = []
+        try:
+            for uri in sorted(missing):
+                for picture, item in self._seen_again(self.files[uri].path, missing[uri]):
+                    batch.append((uri, picture, item))
+                    if len(batch) == self.config.batch_size:
+                        self._keep_tokens(batch)
+                        batch = []
+                if uri in self.blind:
+                    self._done("unchanged")
+            self._keep_tokens(batch)
+        finally:
+            self.tokens.flush()
+        for _ in self.blind.difference(missing):  # copies of what was looked at for the sake of another file
+            self._done("unchanged")
+
+    def _missing_tokens(self) -> dict[str, list[Picture]]:
+        """The files of this run with pictures or pages that have a row, but no visual tokens; of copies only one."""
+        assert self.tokens is not None
+        missing: dict[str, list[Picture]] = {}
+        asked = set(self.tokens.keys)
+        for uri, pictures in self.store.pictures().items():
+            if uri in self.files and uri not in self.failed:
+                lacking = [picture for picture in pictures if picture.key not in asked]
+                asked.update(picture.key for picture in lacking)
+                if lacking:
+                    missing[uri] = sorted(lacking)
+        return missing
+
+    def _seen_again(self, path: str, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Item]]:
+        try:
+            if content_hash(path) != pictures[0].content_hash:
+                raise InputError("has changed meanwhile: index it again")
+            for picture in pictures:
+                yield picture, read_again(path, picture.kind, picture.part)
+        except InputError as error:
+            reason = str(error).removeprefix(describe(path)).strip().rstrip(".")
+            self.report.problems.append(Problem(path, f"{reason}; its visual tokens are not stored"))
+
+    def _keep_tokens(self, batch: Sequence[tuple[str, Picture, Item]]) -> None:
+        assert self.tokens is not None
+        for (uri, picture, _), encoded in zip(batch, self._encode([item for *_, item in batch]), strict=True):
+            if isinstance(encoded, str):
+                reason = f"is refused by the model: {encoded}; its visual tokens are not stored"
+                self.report.problems.append(Problem(self.files[uri].path, reason))
+            else:
+                self.tokens.add(picture.key, encoded.tokens)
 
     def delete_vanished(self, roots: Sequence[str | os.PathLike[str]]) -> None:
         """Removes the rows of files below ``roots`` that are no longer there, or can no longer be read."""
@@ -207,29 +361,34 @@ class _Run:
 
     def _embed(self, documents: Sequence[_Document], parts: Sequence[Part | None]) -> None:
         """Vectors for the parts; ``None`` in place of a part ends its document, which then goes to the writer."""
-        vectors = iter(self._vectors([part for part in parts if part is not None]))
+        encoded = iter(self._encode([part.item for part in parts if part is not None]))
         for document, part in zip(documents, parts, strict=True):
             if part is None:
                 self._finish(document)
                 continue
-            vector = next(vectors)
-            if isinstance(vector, str):
+            one = next(encoded)
+            if isinstance(one, str):
                 place = {"image": "", "page": f"page {part.part} ", "text": f"section {part.part} "}[part.kind]
-                document.broken.append(f"{place}is refused by the model: {vector}")
+                document.broken.append(f"{place}is refused by the model: {one}")
             else:
                 document.rows.append(document.row(part))
-                document.vectors.append(vector)
+                document.vectors.append(one.vector)
+                if self.tokens is not None:
+                    self.tokens.add(document.rows[-1].content_key, one.tokens)
 
-    def _vectors(self, parts: Sequence[Part]) -> Sequence[npt.NDArray[np.float32] | str]:
-        """A vector for each part, or why the model refuses it."""
-        if not parts:
+    def _encode(self, items: Sequence[Item]) -> Sequence[_Encoded | str]:
+        """A vector for each item, with its visual tokens where these are kept, or why the model refuses it."""
+        if not items:
             return []
         try:
-            return list(self.encoder.encode_document([part.item for part in parts]))
+            if self.tokens is None:
+                return [_Encoded(vector, None) for vector in self.encoder.encode_document(items)]
+            vectors, tokens = cast(Eyes, self.encoder).encode_document_with_visual_tokens(items)
+            return [_Encoded(*pair) for pair in zip(vectors, tokens, strict=True)]
         except InputError as error:
-            if len(parts) == 1:
+            if len(items) == 1:
                 return [" ".join(str(error).split())]
-            return [self._vectors([part])[0] for part in parts]
+            return [self._encode([item])[0] for item in items]
 
     def _finish(self, document: _Document) -> None:
         path = document.file.path
@@ -256,6 +415,8 @@ class _Run:
         self._fill_copies([document for document in documents if document.copy_of])
         rows = [row for document in documents for row in document.rows]
         vectors = np.stack([vector for document in documents for vector in document.vectors])
+        if self.tokens is not None:
+            self.tokens.flush()
         self.store.upsert(rows, vectors, known=[one.uri for one in documents if one.uri in self.known])
         for document in documents:
             if document.copy_of:

@@ -1,21 +1,34 @@
-"""From a query to the pictures, pages and sections that are nearest to it."""
+"""From a query to the pictures, pages and sections that are nearest to it, the first of them ordered by a reranker.
+
+K candidates of the reranker.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from quarterlight.errors import InputError
-from quarterlight.index import IndexStore, Kind
+from quarterlight.images import describe
+from quarterlight.index import IndexStore, Kind, Row, VisualTokenStore
 from quarterlight.index.rows import path_of
 from quarterlight.index.store import Match
+from quarterlight.metrics.fusion import fuse
 from quarterlight.prompts import QUERY_INSTRUCTIONS, query_instruction
-from quarterlight.records import Item, ItemLike
-from quarterlight.search.encoder import Encoder
+from quarterlight.records import ArchiveMember, Item, ItemLike
+from quarterlight.search.documents import TILES, read_again, section_item
+from quarterlight.search.encoder import Encoder, Reranker, Tokens
+from quarterlight.search.walk import Problem
 
 SNIPPET_CHARS = 200
+
+RERANK = 5
+"""Candidates that a reranker is given unless told otherwise, as in Magic-MM-Embedding (table 7)."""
 
 _QUERY_LETTERS = {"text": "t", "image": "i", "image,text": "it"}
 _TARGET_LETTERS: dict[Kind, str] = {"image": "i", "page": "vd", "text": "t"}
@@ -30,6 +43,7 @@ class Hit:
     width, height: pixels of a picture, points of a page.
     title: headings above a section, or title of a PDF; snippet: the words around the query's, if there are words.
     thumbnail: WebP, empty for texts.
+    rerank_score: P(Yes) of the reranker in [0, 1]; ``None`` if it was not asked.
     """
 
     path: Path
@@ -43,14 +57,38 @@ class Hit:
     title: str = ""
     snippet: str = ""
     thumbnail: bytes = b""
+    rerank_score: float | None = None
 
 
 class Searcher:
-    """A model and the table it filled."""
+    """A model and the table it filled, and perhaps a reranker.
 
-    def __init__(self, store: IndexStore, encoder: Encoder) -> None:
+    reranker: orders the first hits of a search anew.  Visual tokens that the store has of its eyes spare it the files.
+    rerank: how many hits it is given; ``None`` is :data:`RERANK` where there is a reranker, else 0.
+    fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
+        reranker's setting.
+    problems: of the last search: hits that could not be given to the reranker, or that changed since they were indexed.
+    Raises InputError for a negative number, a weight outside [0, 1], and either of them without a reranker.
+    """
+
+    def __init__(
+        self,
+        store: IndexStore,
+        encoder: Encoder,
+        *,
+        reranker: Reranker | None = None,
+        rerank: int | None = None,
+        fusion_weight: float | None = None,
+    ) -> None:
         self.store = store
         self.encoder = encoder
+        self.reranker = reranker
+        self.rerank = RERANK if rerank is None and reranker is not None else rerank or 0
+        self._check(self.rerank)
+        if fusion_weight is not None and (reranker is None or not 0 <= fusion_weight <= 1):
+            raise InputError(f"fusion_weight is from 0 to 1 and needs a reranker, got {fusion_weight}.")
+        self.fusion_weight = fusion_weight
+        self.problems: list[Problem] = []
 
     def search(
         self,
@@ -59,20 +97,81 @@ class Searcher:
         kind: Kind | None = None,
         within: str | os.PathLike[str] | None = None,
         top_k: int = 10,
+        rerank: int | None = None,
     ) -> list[Hit]:
         """The ``top_k`` hits nearest to the query, best first.
 
+        With a reranker the first hits, also when they are more than ``top_k``, are ordered by what it says of them;
+        those that it could not be given follow, see ``problems``, and then the rest.
         kind: only pictures, only pages or only sections of texts.
         within: only this file, or the files in this folder.
+        rerank: how many hits the reranker is given, for this search; 0 is none.
         Raises InputError for a query without text and picture, and ImageError for a picture that cannot be read.
         """
         item = Item.parse(query)
         if not item.images and not (item.text or "").strip():
             raise InputError("The query is empty: give it words, a picture, or both.")
+        if top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {top_k}.")
+        num_reranked = self.rerank if rerank is None else rerank
+        self._check(num_reranked)
+        self.problems = []
         instruction = instruction_of(item.modality, kind)
         vector = self.encoder.encode_query([item], instruction=instruction)[0]
-        matches = self.store.search(vector, top_k=top_k, kind=kind, within=within)
-        return [_hit(match, item.text or "") for match in matches]
+        matches = self.store.search(vector, top_k=max(top_k, num_reranked), kind=kind, within=within)
+        hits = [_hit(match, item.text or "") for match in matches]
+        if self.reranker is not None and num_reranked:
+            rows = [match.row for match in matches[:num_reranked]]
+            hits = [*self._reranked(self.reranker, item, instruction, rows, hits[: len(rows)]), *hits[len(rows) :]]
+        return hits[:top_k]
+
+    def _check(self, rerank: int) -> None:
+        if rerank < 0 or (rerank and self.reranker is None):
+            raise InputError(
+                f"rerank is 0 or the number of hits that a reranker is given, and needs one; got {rerank}."
+            )
+
+    def _reranked(
+        self, reranker: Reranker, query: Item, instruction: str, rows: Sequence[Row], hits: Sequence[Hit]
+    ) -> list[Hit]:
+        """The hits in their new order, with the reranker's scores."""
+        folder = self.store.folder
+        token_store = VisualTokenStore.find(folder, reranker.vision_hash) if VisualTokenStore.any_in(folder) else None
+        stored = token_store.get({row.content_key for row in rows if row.kind != "text"}) if token_store else {}
+        items: dict[int, Item] = {}
+        for position, row in enumerate(rows):
+            try:
+                items[position] = self._candidate(row, row.content_key in stored)
+            except InputError as error:
+                path = path_of(row.uri)
+                reason = str(error).removeprefix(describe(path)).strip().rstrip(".")
+                self.problems.append(Problem(str(path), f"{reason}; it was not reranked"))
+        given = list(items)
+        tokens: list[Tokens] = [stored.get(rows[position].content_key) for position in given]
+        score_K = reranker.score(query, list(items.values()), instruction=instruction, visual_tokens=tokens)
+        weight = reranker.settings.fusion_weight if self.fusion_weight is None else self.fusion_weight
+        fused_K = fuse(np.array([hits[position].score for position in given], np.float32), score_K, weight)
+        order = np.argsort(-fused_K, kind="stable")
+        scored = [replace(hits[given[n]], rerank_score=float(score_K[n])) for n in order]
+        return [*scored, *(hit for position, hit in enumerate(hits) if position not in items)]
+
+    def _candidate(self, row: Row, has_tokens: bool) -> Item:
+        """What was embedded, once more. Raises InputError when the file cannot be read."""
+        if row.kind == "text":
+            return section_item(row.title, row.text)
+        if has_tokens:  # nothing is read, so the picture is only a name
+            return Item(image=ArchiveMember(row.content_hash, str(row.part)), max_tiles=TILES[row.kind])
+        path = path_of(row.uri)
+        item = read_again(str(path), row.kind, row.part)
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
+        if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
+            self.problems.append(
+                Problem(str(path), "has changed since it was indexed, and was reranked as it is now: index it again")
+            )
+        return item
 
 
 def instruction_of(modality: str, kind: Kind | None) -> str:

@@ -1,0 +1,53 @@
+"""The models that a command is told to use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quarterlight.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from quarterlight.models.embedder import Embedder
+    from quarterlight.models.reranker import Reranker
+
+RerankerOption = Annotated[
+    str | None, typer.Option("--reranker", help="A reranker's folder or hub id.", show_default="the one inside --model")
+]
+FusionOption = Annotated[
+    float | None,
+    typer.Option(
+        "--fusion",
+        min=0,
+        max=1,
+        help="Weight of the reranker's score beside the cosine; 1 is the reranker alone.",
+        show_default="the reranker's own",
+    ),
+]
+
+
+def check_rerank(rerank: int, reranker: str | None, fusion: float | None) -> None:
+    """Raises BadParameter for options that do nothing without ``--rerank``."""
+    for name, value in (("--reranker", reranker), ("--fusion", fusion)):
+        if value is not None and not rerank:
+            raise typer.BadParameter(f"{name} does nothing without --rerank: say how many results to rerank.")
+
+
+def open_pair(model: str, reranker: str | None, *, device: str | None = None) -> tuple[Embedder, Reranker]:
+    """An embedder with a reranker: the one inside its folder, over the same weights, unless another is named.
+
+    Raises CheckpointError when there is no such model, or it has no reranker.
+    """
+    from quarterlight.models.embedder import Embedder
+    from quarterlight.models.pair import load_pair
+    from quarterlight.models.reranker import Reranker, has_reranker
+
+    if reranker is not None and reranker != model:
+        return Embedder(model, device=device), Reranker(reranker, device=device)
+    if not has_reranker(model):
+        raise CheckpointError(
+            f"The model {model!r} has no reranker inside: name one with --reranker, train one with the stage `rerank` "
+            "of a recipe, or leave out --rerank."
+        )
+    return load_pair(model, device=device)
