@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from quarterlight import pipeline
 from quarterlight.errors import DatasetError, RecipeError
 from quarterlight.models.embedder import Embedder
+from quarterlight.models.pair import load_pair, same_eyes
+from quarterlight.models.reranker import Reranker, has_reranker
 from quarterlight.pipeline import _Pipeline, run
 from quarterlight.recipe import STAGES, Recipe, parse
 from quarterlight.training.optimizer import last_checkpoint
@@ -77,6 +79,13 @@ def values() -> dict[str, Any]:
         "retrieve": {"depth": 6, "window": [1, 6], "sample": None},
         "judge": {"backend": "labels"},
         "finetune": {**contrast, "loss": negatives, "lora": {"rank": 4, "alpha": 8}, "fill_from_mined": True},
+        "rerank": {
+            "optimizer": STEPS,
+            "loss": {"batch_size": 4, "eval_every": 2},
+            "initial": "finetune",
+            "fill_from_mined": True,
+            "fusion_weight": 0.5,
+        },
     }
 
 
@@ -92,8 +101,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    expected, got = (load_file(folder / "finetune" / "model.safetensors") for folder in (one, other))
-    return all((expected[name] == got[name]).all() for name in expected)
+    pairs = (
+        [load_file(folder / "rerank" / file) for folder in (one, other)]
+        for file in ("model.safetensors", "reranker/weights.safetensors")
+    )
+    return all((expected[name] == got[name]).all() for expected, got in pairs for name in expected)
 
 
 def test_the_result_embeds(finished: Path) -> None:
@@ -101,6 +113,51 @@ def test_the_result_embeds(finished: Path) -> None:
     vectors = embedder.encode_query(["a red apple", "a green pear"])
     assert vectors.shape == (2, 32)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_the_reranker_is_in_the_folder_of_the_embedder(finished: Path) -> None:
+    embedder, reranker = load_pair(finished / "rerank")
+    assert embedder.vision_hash == reranker.vision_hash == Embedder(finished / "finetune").vision_hash
+    assert embedder.model_hash == Embedder(finished / "finetune").model_hash
+    scores = reranker.score("a red apple", ["a red apple", "a green pear"])
+    assert ((scores > 0) & (scores < 1)).all()
+    assert reranker.settings.fusion_weight == 0.5 and reranker.settings.text_max_tokens == 512
+    counts = json.loads((finished / "rerank" / "rows.json").read_text())
+    assert counts["trained"] + counts["skipped"] + counts["held_out"] == counts["queries"] and counts["held_out"]
+    page = (finished / "report.md").read_text()
+    assert "| held-out queries of rerank | step 2 | step 4 |" in page
+    assert f"{counts['trained']} are trained on" in page
+
+
+def test_a_reranker_that_sees_otherwise_is_alone(finished: Path, tmp_path: Path) -> None:
+    """All weights of the embedder were trained after ``restore``, with which this reranker begins."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    other = values()["rerank"] | {"initial": "restore", "loss": {"batch_size": 4, "eval_queries": 0, "eval_every": 0}}
+    folder = run(recipe(rerank=other), DATA, tmp_path, first="rerank", report=lambda _: None)
+    assert json.loads((folder / "manifest.json").read_text())["reads"].keys() == {
+        *("restore", "mine", "judge", "finetune")
+    }
+    assert has_reranker(folder) and not (folder / "reranker").exists()
+    assert not same_eyes(finished / "finetune", folder)
+    assert Reranker(folder).score("a", ["b"]).shape == (1,)
+
+
+def test_two_adapters_on_one_trunk(finished: Path, tmp_path: Path) -> None:
+    """Embedder and reranker of a checkpoint that both leave as it is."""
+    lora = {"rank": 2, "alpha": 4, "keep": True}
+    short = {key: one for key, one in values().items() if key in ("name", "mixture", "mine", "rerank")}
+    short["rerank"] |= {"initial": "restore", "lora": lora, "fill_from_mined": False}
+    warmup = {"optimizer": STEPS, "loss": {"batch_size": 4, "eval_every": 0}, "lora": lora}
+    model = {"checkpoint": str(finished / "restore")}
+    whole = parse(Recipe, short | {"model": model, "warmup": warmup}, where="test")
+    assert whole.first_model("rerank") is None
+    folder = run(whole, DATA, tmp_path, report=lambda _: None)
+    embedder, reranker = load_pair(folder)
+    assert (folder / "embedder").is_dir() and (folder / "reranker" / "adapter").is_dir()
+    assert not (folder / "reranker" / "weights.safetensors").exists()
+    assert embedder.vision_hash == reranker.vision_hash
+    alone = parse(Recipe, short | {"model": {"checkpoint": str(folder)}}, where="test")
+    assert has_reranker(run(alone, DATA, tmp_path / "again", report=lambda _: None))
 
 
 def test_every_stage_leaves_what_it_was_made_from(finished: Path) -> None:
@@ -114,6 +171,7 @@ def test_every_stage_leaves_what_it_was_made_from(finished: Path) -> None:
     assert reads["hard_negatives"] == {"warmup", "mine"}
     assert reads["judge"] == {"retrieve"}
     assert reads["finetune"] == {"hard_negatives", "judge", "mine"}
+    assert reads["rerank"] == {"finetune", "judge", "mine"}
     assert "finetune" in (finished / "report.md").read_text()
     assert not list(finished.glob("*.running"))
 
@@ -174,6 +232,9 @@ def test_a_stage_is_due_again_when_what_it_depends_on_changes(finished: Path, tm
     assert due(warmup(temperature=0.1)) == ["warmup"]  # and the later ones once it has been run
     assert due(warmup(eval_every=1)) == []
     assert due(recipe(seed=1)) == list(STAGES)
+    for changed, stages in {"eval_every": [], "eval_queries": ["rerank"], "visual_tokens_bytes": []}.items():
+        rerank = values()["rerank"]
+        assert due(recipe(rerank=rerank | {"loss": rerank["loss"] | {changed: 5}})) == stages
     other = tmp_path / "data"
     shutil.copytree(DATA, other)
     queries = other / "emoji" / "queries" / "t2i.train.jsonl"
@@ -251,4 +312,13 @@ def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
     later = values()["finetune"] | {"mixture": [{"dataset": "emoji", "task": "t2x"}]}
     fails(DatasetError, "no task 't2x'", recipe(finetune=later), out=tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())  # nothing has been run for it
+    tied = values()["model"]
+    headless = tied | {"text": tied["text"] | {"tie_word_embeddings": False}}
+    untied = tmp_path / "untied"
+    run(recipe(model=headless, rerank=None), DATA, untied, last="start", report=lambda _: None)
+    given = {key: one for key, one in values().items() if key in ("name", "mixture", "warmup", "rerank")}
+    given |= {"model": {"checkpoint": str(untied / "start")}}
+    given["warmup"].pop("teacher_weight")
+    given["rerank"].pop("fill_from_mined")
+    fails(RecipeError, "no language head of its own", parse(Recipe, given, where="test"), out=tmp_path / "headless")
     fails(RecipeError, "meant for 2 devices, but 1 processes run it: say --set devices=1", recipe(devices=2))

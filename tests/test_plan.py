@@ -118,6 +118,58 @@ def test_a_batch_in_chunks_is_computed_once_more() -> None:
     assert "computed twice: d/t2t" in chunked.notes[0]
 
 
+def reranker(**changes: Any) -> StagePlan:
+    """The plan of a reranker on 1,000 queries in batches of 10."""
+    values = {"optimizer": {"num_epochs": 1, "learning_rate": 1e-3}, "loss": {"batch_size": 10}, "initial": "finetune"}
+    mixture = changes.pop("mixture", [{"dataset": "d", "task": "t2t", "samples": 1000}])
+    text = TEXT | {"tie_word_embeddings": True}
+    recipe = make(model={"vision": VISION, "text": text, "vocab_size": 500}, mixture=mixture, rerank=values | changes)
+    return next(one for one in plan(recipe, None, None, "A800") if one.stage == "rerank")
+
+
+def test_the_work_of_a_reranker_is_what_pytorch_counts() -> None:
+    planned = reranker()
+    assert planned.steps == 100 and planned.batch == 10 and planned.flop
+    pair, many = 70 + 3 * 30, round(70 + 30 + 4.5 * (30 + 4))  # lists have 3 to 6 candidates
+    assert planned.tokens == pytest.approx(10 * (pair + many), abs=5)
+    model = InternVLVTCModel(
+        InternVLVTCConfig(
+            vision_config=InternVLVisionConfig(**VISION),
+            text_config=Qwen2Config(**TEXT, vocab_size=500),
+            image_token_id=7,
+            visual_token_compression=2,
+        )
+    )
+    model.set_attn_implementation("eager")
+    head = nn.Linear(TEXT["hidden_size"], 500, bias=False)
+    with FlopCounterMode(display=False) as counter:
+        for length, answers in ((pair, 2), (many, 1)):
+            head(model(input_ids=torch.full((1, length), 9)).last_hidden_state[0, :answers]).sum().backward()
+    half = 3 * sum(attention_flop(model.config, length) for length in (pair, many))
+    assert planned.flop / 1000 + half == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert planned.trained == sum(one.numel() for one in model.language_model.parameters()) + 500 * TEXT["hidden_size"]
+
+
+def test_a_reranker_looks_at_a_picture_once_if_there_is_room() -> None:
+    mixture = [{"dataset": "d", "task": "t2i", "samples": 1000}]
+    kept, seen, half = (
+        reranker(mixture=mixture, loss={"batch_size": 10, "visual_tokens_bytes": size})
+        for size in (1 << 30, 0, 1000 * 4 * 128)  # of a picture 4 tokens of 128 columns in bfloat16
+    )
+    assert kept.flop and seen.flop and half.flop
+    assert "100% of its pictures" in kept.notes[0] and "0% of its" in seen.notes[0] and "50%" in half.notes[0]
+    drawn = 2 + 4.5  # pictures of a row
+    assert (half.flop - kept.flop) / (seen.flop - kept.flop) == pytest.approx(0.5 * drawn / (drawn - 1), rel=0.01)
+
+
+def test_towers_that_part_are_said() -> None:
+    small = {"warmup", "hard_negatives", "finetune"}
+    assert not any("will not share" in note for note in shipped("magic_mm_2b")["rerank"].notes)
+    apart = shipped("magic_mm_2b", *[f"{name}.lora=null" for name in small])["rerank"]
+    assert any("will not share" in note for note in apart.notes)
+    assert not any("will not share" in note for note in reranker().notes)
+
+
 def test_time_is_work_by_speed() -> None:
     recipe = make()
     one, eight = stage(recipe, device="H100"), stage(recipe, devices=8, device="h100")
@@ -243,7 +295,7 @@ def test_stage_1_counts_packs() -> None:
 def test_mining_and_judging_look_at_the_tasks_of_their_stage() -> None:
     plans = shipped("magic_mm_2b")
     assert plans["mine"].samples == plans["warmup"].samples == 16_606_300
-    assert plans["retrieve"].samples == plans["finetune"].samples == 1_548_100
+    assert plans["retrieve"].samples == plans["finetune"].samples == plans["rerank"].samples == 1_548_100
     assert plans["judge"].samples == 20 * (1_548_100 - 8_500)  # HatefulMemes is exempt
     assert plans["judge"].flop == 16e9 * plans["judge"].tokens  # 8 billion parameters
 

@@ -61,6 +61,14 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("judge.backend=oracle", "oracle"),
         ("judge.exempt=[emoji/t2j]", "which is not judged. Did you mean"),
         ("warmup.fill_from_mined=true", "warmup.fill_from_mined is for finetune"),
+        ("rerank.initial=warmup", "must be one of 'restore', 'finetune', got 'warmup'"),
+        ("rerank.loss.min_negatives=6", r"max_negatives must be at least min_negatives \(6\)"),
+        ("rerank.loss.max_negatives=9", "at most 8"),
+        ("rerank.loss.pointwise_weight=-1.0", "pointwise_weight must not be below 0"),
+        ("rerank.loss={pointwise_weight: 0, listwise_weight: 0}", "must not both be 0"),
+        ("rerank.fusion_weight=1.5", "fusion_weight must be from 0 to 1"),
+        ("rerank.weights={emoji/t2t2: 1.0}", "does not name. Did you mean 'emoji/t2t'"),
+        ("model.text.tie_word_embeddings=false", "no language head of its own"),
         ("mine.window=[60, 50]", "window"),
         ("warmup", "--set takes"),
         ("warmup.loss.temperature=[", "not valid YAML"),
@@ -113,5 +121,16 @@ def test_the_stages_of_a_recipe_are_those_that_it_has() -> None:
     short = load_recipe(NANO, ["teacher=null", "tower=null", "restore=null", "warmup.teacher_weight=0.0"])
     assert short.stages[:2] == ["start", "warmup"]
     two = load_recipe(NANO.with_name("magic_mm_2b.yaml"))
-    assert two.stages == ["restore", "warmup", "mine", "hard_negatives", "retrieve", "judge", "finetune"]
+    assert two.stages == ["restore", "warmup", "mine", "hard_negatives", "retrieve", "judge", "finetune", "rerank"]
     assert two.tasks("retrieve") == two.tasks("finetune") != two.tasks("mine") == two.mixture
+
+
+def test_what_the_reranker_begins_with() -> None:
+    assert load_recipe(NANO).first_model("rerank") == "finetune"
+    assert load_recipe(NANO, ["rerank.initial=restore"]).first_model("rerank") == "restore"
+    new = ["teacher=null", "tower=null", "restore=null", "warmup.teacher_weight=0.0", "rerank.initial=restore"]
+    with pytest.raises(RecipeError, match="neither a stage restore nor a checkpoint"):
+        load_recipe(NANO, new)
+    given = load_recipe(NANO, [*new, "model={checkpoint: somewhere}"])
+    assert given.first_model("rerank") is None
+    assert given.first_model("hard_negatives") == "warmup"

@@ -88,6 +88,18 @@ def test_stage_1(small: Recipe) -> None:
     assert stage.loss.max_tiles == 4
 
 
+@pytest.mark.parametrize(("name", "batch_size"), [("magic_mm_2b", 12), ("magic_mm_8b", 16)])
+def test_the_reranker(name: str, batch_size: int) -> None:
+    values = recipe(name)
+    one = values.rerank
+    assert one is not None and one.initial == "restore" and values.first_model("rerank") == "restore"
+    assert (one.loss.batch_size, one.optimizer.learning_rate, one.optimizer.num_epochs) == (batch_size, 4e-5, 2)
+    assert (one.loss.min_negatives, one.loss.max_negatives) == (2, 5)
+    assert (one.loss.pointwise_weight, one.loss.listwise_weight, one.fusion_weight) == (1, 1, 1)
+    assert values.tasks("rerank") == values.tasks("finetune")
+    assert "24 A800" in (RECIPES / "magic_mm_2b.yaml").read_text(encoding="utf-8")
+
+
 def test_mining_and_judging(small: Recipe) -> None:
     assert small.model.visual_token_compression == 2
     assert small.mine is not None and small.retrieve is not None and small.judge is not None
@@ -184,6 +196,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 def test_the_8b_differs_in_model_and_batches_alone(small: Recipe) -> None:
     stages = ("warmup", "hard_negatives", "finetune")
     sizes = {f"{stage}.loss.{key}" for stage in stages for key in ("batch_size", "chunk_tokens")}
+    sizes.add("rerank.loss.batch_size")
     assert set(differences(small, recipe("magic_mm_8b"))) == {"name", "model.checkpoint", *sizes}
 
 
@@ -191,6 +204,7 @@ GIVEN = {
     *("name", "devices", "checkpoint", "visual_token_compression", "num_steps", "num_epochs", "learning_rate"),
     *("gradient_accumulation_steps", "packs_per_device", "max_tiles", "batch_size", "num_negatives", "temperature"),
     *("symmetric", "rank", "depth", "window", "sample", "model", "exempt", "base"),
+    *("initial", "min_negatives", "max_negatives", "pointwise_weight", "listwise_weight", "fusion_weight"),
 }
 """Keys whose values the paper gives."""
 

@@ -43,15 +43,21 @@ QUERIES = 400
 """of each test task, always the same; the pools are whole."""
 
 
-def arguments(text: str | None, **defaults: Any) -> argparse.Namespace:
-    """The options that every table has."""
+def arguments(text: str | None, *, trunk: bool = True, judged: bool = False, **defaults: Any) -> argparse.Namespace:
+    """The options that every table has.
+
+    trunk, judged: whether it needs the first stages of a run, or those up to ``judge``.
+    """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, required=True, help="directory with the datasets emoji, icons_mdi, easy_vqa"
     )
-    parser.add_argument(
-        "--trunk", type=Path, required=True, help="run of recipes/nano.yaml; its first stages are made there"
-    )
+    if trunk:
+        parser.add_argument(
+            "--trunk", type=Path, required=True, help="run of recipes/nano.yaml; its first stages are made there"
+        )
+    if judged:
+        parser.add_argument("--judged", type=Path, required=True, help="run of a recipe, finished up to `judge`")
     parser.add_argument("--out", type=Path, required=True, help="directory of the short runs; stopped ones are resumed")
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
@@ -88,11 +94,20 @@ def trunk(arguments: argparse.Namespace, last: str = "restore") -> Path:
 
 def variant(base: Path, stages: Sequence[str], folder: Path, data: Path, last: str, **values: Any) -> Path:
     """A run that takes ``stages`` from ``base`` and goes on with other values; returns the folder of ``last``."""
-    for stage in stages:
-        if not (folder / stage).exists():
-            shutil.copytree(base / stage, folder / stage)
+    begin(base, stages, folder)
     recipe = load_recipe(RECIPE, recipe_values(**values))
     return run(recipe, data, folder, first=recipe.stages[len(stages)], last=last, report=print)
+
+
+def begin(base: Path, stages: Sequence[str], folder: Path) -> Path:
+    """A folder of a run that has some stages of another."""
+    for stage in stages:
+        if not (folder / stage).exists():
+            draft = folder / f".{stage}"
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(base / stage, draft)
+            draft.replace(folder / stage)
+    return folder
 
 
 def score(folder: Path, data: Path) -> dict[str, float]:

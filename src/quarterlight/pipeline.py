@@ -30,9 +30,12 @@ from quarterlight.mining.judge import judge, read_judged
 from quarterlight.mining.negatives import MineRecipe, mine, read_mined
 from quarterlight.models.checkpoint import (
     load_backbone,
+    load_config,
     load_settings,
+    read_description,
     resolve_checkpoint,
     save_checkpoint,
+    save_reranker,
     saved_tensors,
     weights_hash,
 )
@@ -41,16 +44,18 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
-from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.pair import same_eyes, save_pair
+from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
-from quarterlight.recipe import Recipe, SourceRecipe, TaskRecipe
+from quarterlight.recipe import NO_HEAD, Recipe, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
 from quarterlight.training.contrast import PromptEmbedder, train_contrastive
 from quarterlight.training.distributed import processes
 from quarterlight.training.lora import add_lora, merge_lora
 from quarterlight.training.report import write_report
+from quarterlight.training.rerank import train_rerank
 from quarterlight.training.restore import train_restore
 from quarterlight.training.teacher import Teacher, TeacherEncoder
 from quarterlight.training.tower import imitate, structure_attention
@@ -59,7 +64,14 @@ MANIFEST = "manifest.json"
 
 _WITHOUT_EFFECT = {
     "optimizer": {"save_every", "log_every", "num_workers", "gradient_checkpointing"},
-    "loss": {"eval_every", "eval_queries", "eval_conversations", "max_unreadable", "chunk_tokens"},
+    "loss": {
+        "eval_every",
+        "eval_queries",
+        "eval_conversations",
+        "max_unreadable",
+        "chunk_tokens",
+        "visual_tokens_bytes",
+    },
     "mine": {"max_unreadable"},
     "retrieve": {"max_unreadable"},
     "judge": {"url", "concurrency", "timeout_s", "retries", "tokens_per_batch", "max_failed"},
@@ -92,6 +104,8 @@ def run(
     pipeline = _Pipeline(recipe, data, folder)
     for stage in chosen:
         pipeline.inputs(stage)  # what is missing is missed before anything runs
+    if "rerank" in chosen:
+        pipeline.check_head()
     if not processes().is_main_process:
         report = _silent
     for stage in recipe.stages[: recipe.stages.index(chosen[0])]:
@@ -171,7 +185,8 @@ class _Pipeline:
             for section, keys in _WITHOUT_EFFECT.items():
                 where = one if section == stage else one.get(section, {})
                 for key in keys & where.keys():
-                    del where[key]
+                    if (stage, key) != ("rerank", "eval_queries"):  # they are held out of the training queries
+                        del where[key]
             settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
         if stage != "restore":
             settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
@@ -181,27 +196,33 @@ class _Pipeline:
     def _reads(self, stage: str) -> list[str]:
         """The stages whose folders a stage reads."""
         earlier = self.recipe.stages[: self.recipe.stages.index(stage)]
-        contrast = self.recipe.contrast.get(stage)
         wanted = {
             "start": [],
             "teacher": ["start"],
             "tower": ["start", "teacher"],
-            "hard_negatives": ["mine"],
             "judge": ["retrieve"],
-            "finetune": ["judge" if self.recipe.judge else "retrieve"],
+            "rerank": [*self.recipe.contrast][-1:],  # the embedder that it may share eyes with
         }.get(stage, [])
+        wanted = [*wanted, *self._found_by(stage)]
+        contrast = self.recipe.contrast.get(stage)
         if contrast is not None and contrast.teacher_weight:
             wanted = [*wanted, "teacher"]
-        if contrast is not None and contrast.fill_from_mined:
+        trained = self.recipe.trained.get(stage)
+        if trained is not None and trained.fill_from_mined:
             wanted = [*wanted, "mine"]
-        if stage not in ("start", "teacher", "tower", "judge"):
-            wanted = [*wanted, *self._models(stage)[-1:]]
+        first = self.recipe.first_model(stage)
+        if first is not None and stage not in ("teacher", "tower", "judge"):
+            wanted = [*wanted, first]
         return [one for one in earlier if one in wanted]
 
-    def _models(self, stage: str) -> list[str]:
-        """The stages before this one that leave a model, in order."""
-        earlier = self.recipe.stages[: self.recipe.stages.index(stage)]
-        return [one for one in earlier if one not in ("teacher", "mine", "retrieve", "judge")]
+    def _found_by(self, stage: str) -> list[str]:
+        """The stage that found the hard negatives of a stage; none if those are what the datasets label."""
+        known = {
+            "hard_negatives": ("mine",),
+            "finetune": ("judge", "retrieve"),
+            "rerank": ("judge", "retrieve", "mine"),
+        }
+        return [one for one in known.get(stage, ()) if one in self.recipe.stages][:1]
 
     def inputs(self, stage: str) -> dict[str, str]:
         """What a stage reads, besides other stages -> SHA-256, in hex; of datasets, the pictures are not in it."""
@@ -214,7 +235,7 @@ class _Pipeline:
             truth = Path(self.recipe.judge.truth)
             tasks = self.recipe.tasks(stage)
             found |= {f"truth: {one.label}": self._task_hash(truth, one.dataset, one.task) for one in tasks}
-        if self.recipe.model.checkpoint is not None and not self._models(stage):
+        if self.recipe.model.checkpoint is not None and self.recipe.first_model(stage) is None:
             found[self.recipe.model.checkpoint] = self._checkpoint_hash
         return found
 
@@ -222,6 +243,15 @@ class _Pipeline:
     def _checkpoint_hash(self) -> str:
         assert self.recipe.model.checkpoint is not None
         return weights_hash(saved_tensors(resolve_checkpoint(self.recipe.model.checkpoint)))
+
+    def check_head(self) -> None:
+        """Raises RecipeError when ``rerank`` would begin with an embedder that cannot write."""
+        recipe = self.recipe
+        assert recipe.rerank is not None
+        if recipe.model.checkpoint is not None and recipe.first_model("rerank") in recipe.contrast:
+            config: Any = load_config(resolve_checkpoint(recipe.model.checkpoint))
+            if not config.text_config.tie_word_embeddings:
+                raise RecipeError(NO_HEAD)
 
     def _file_hash(self, one: SourceRecipe) -> str:
         if one.file is None:
@@ -381,7 +411,7 @@ class _Pipeline:
         """The embedder of a contrastive stage."""
         stage = self.recipe.contrast[name]
         # weights that do not change need no more precision than they are used with
-        frozen = stage.lora is not None and stage.optimizer.bf16
+        frozen = stage.lora is not None and stage.optimizer.autocasts
         model, processor = self._backbone(name, dtype=torch.bfloat16 if frozen else torch.float32)
         if stage.lora is not None:
             add_lora(model, stage.lora, seed=self.recipe.seed)
@@ -406,8 +436,68 @@ class _Pipeline:
         keep = stage.lora is not None and stage.lora.keep
         if stage.lora is not None and not keep:
             merge_lora(model)
-        last = name == self.recipe.stages[-1]
+        last = name == [*self.recipe.contrast][-1] and self.recipe.stages[-1] in (name, "rerank")
         self._save(draft, model, processor, dtype=torch.bfloat16 if last else None, adapter=keep)
+
+    def rerank(self, work: Path, draft: Path) -> None:
+        """The reranker; inside the folder of the embedder, if both look through the same vision tower."""
+        stage = self.recipe.rerank
+        assert stage is not None
+        frozen = stage.lora is not None and stage.optimizer.autocasts
+        model, processor = self._backbone(
+            "rerank", dtype=torch.bfloat16 if frozen else torch.float32, language_head=True
+        )
+        if "flash" in self.recipe.model.attn_implementation:
+            model.set_attn_implementation("sdpa")  # which knows masks: the candidates of a pair must not see each other
+        if stage.lora is not None:
+            add_lora(model, stage.lora, seed=self.recipe.seed)
+        settings = RerankerSettings(
+            max_tiles=self._settings("rerank").max_tiles,
+            text_max_tokens=self.recipe.model.text_max_tokens,
+            system_prompt=self.recipe.model.system_prompt,
+            fusion_weight=stage.fusion_weight,
+        )
+        trainer = train_rerank(
+            model,
+            processor,
+            settings=settings,
+            mixture=self.mixture("rerank"),
+            recipe=stage.loss,
+            optimizer=stage.optimizer,
+            folder=work,
+            seed=self.recipe.seed,
+        )
+        if not self.state.is_main_process:
+            return
+        keep = stage.lora is not None and stage.lora.keep
+        if stage.lora is not None and not keep:
+            merge_lora(model)
+        embedder = self._embedder()
+        dtype: Any = torch.bfloat16 if embedder is None else load_config(embedder).dtype  # or they would not be equal
+        alone = save_reranker(
+            work / "reranker",
+            model,
+            processor,
+            settings,
+            dtype=dtype,
+            manifest=self._origin("rerank"),
+            adapter=keep,
+        )
+        if embedder is not None and same_eyes(embedder, alone):
+            save_pair(draft, embedder, alone)
+        else:
+            _remove(draft)
+            alone.replace(draft)
+        (draft / "rows.json").write_text(json.dumps(asdict(trainer.sampler.counts), indent=2), encoding="utf-8")
+
+    def _embedder(self) -> Path | None:
+        """The embedder that a reranker may share its vision tower with: the last of the run, or the checkpoint."""
+        for stage in [*self.recipe.contrast][-1:]:
+            return self.folder / stage
+        if self.recipe.model.checkpoint is None:
+            return None
+        folder = resolve_checkpoint(self.recipe.model.checkpoint)
+        return folder if read_description(folder).get("kind") == "embedder" else None
 
     def mine(self, work: Path, draft: Path) -> None:
         """Hard negatives out of all candidates of each task."""
@@ -440,28 +530,23 @@ class _Pipeline:
     def mixture(self, stage: str) -> TaskMixture:
         """The training tasks of a stage, with the negatives that the stages before found for it."""
         entries = self.recipe.tasks(stage)
-        one = self.recipe.contrast.get(stage)
+        one = self.recipe.trained.get(stage)
         shares = [one.weights.get(task.label, task.weight) if one else task.weight for task in entries]
         tasks = [_where(self._with_found(stage, self._task(task, "train")), task) for task in entries]
         return TaskMixture(tasks=tasks, weights=shares)
 
     def _with_found(self, stage: str, task: RetrievalTask) -> RetrievalTask:
         """The task with mined or judged negatives, if the stage has any."""
-        one = self.recipe.contrast.get(stage)
-        if one is None or not one.loss.num_negatives:
+        one, found_by = self.recipe.trained.get(stage), self._found_by(stage)
+        if one is None or not one.num_negatives or not found_by:
             return task
-        negatives: dict[str, list[str]]
         relevant: dict[str, list[str]] = {}
-        if stage == "hard_negatives":
-            negatives = read_mined(self.folder / "mine", task)
-        elif stage == "finetune" and self.recipe.judge is not None:
+        if found_by == ["judge"]:
             negatives, relevant = read_judged(self.folder / "judge", task)
-        elif stage == "finetune" and self.recipe.retrieve is not None:
-            negatives = read_mined(self.folder / "retrieve", task)
         else:
-            return task
+            negatives = read_mined(self.folder / found_by[0], task)
         if one.fill_from_mined:
-            spare, wanted = read_mined(self.folder / "mine", task), one.loss.num_negatives
+            spare, wanted = read_mined(self.folder / "mine", task), one.num_negatives
             asked = read_mined(self.folder / "retrieve", task)
             for qid in (query.qid for query in task.queries):
                 known = {*asked.get(qid, ()), *relevant.get(qid, ())}  # what nobody could decide is no negative either
@@ -505,8 +590,8 @@ class _Pipeline:
 
     def _before(self, stage: str) -> Path:
         """The folder of the model that a stage begins with."""
-        if models := self._models(stage):
-            return self.folder / models[-1]
+        if first := self.recipe.first_model(stage):
+            return self.folder / first
         assert self.recipe.model.checkpoint is not None
         return resolve_checkpoint(self.recipe.model.checkpoint)
 
@@ -533,8 +618,12 @@ class _Pipeline:
     def _save(self, draft: Path, model: Any, processor: InternVLVTCProcessor, **options: Any) -> None:
         if self.state.is_main_process:
             stage = draft.parent.name.removesuffix(".running")
-            manifest = {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(stage)} | environment()
+            manifest = self._origin(stage)
             save_checkpoint(draft, model, processor, self._settings(stage), manifest=manifest, **options)
+
+    def _origin(self, stage: str) -> dict[str, Any]:
+        """How the model of a stage was made."""
+        return {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(stage)} | environment()
 
     def _pictures(self, processor: InternVLVTCProcessor) -> Pictures:
         return Pictures(processor.image_processor, self.recipe.augment)

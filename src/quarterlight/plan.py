@@ -10,6 +10,8 @@ gradient, and 2 for attention, and the tower, before which nothing is trained, h
 layers are computed again for the backward pass; ``again`` is 1 if a batch is cut into chunks, whose embeddings are
 computed twice (GradCache, arXiv:2101.06983).  Time = work / (devices x peak of a device x utilisation).
 
+The tower of ``rerank`` is frozen and looks at each picture once, as long as there is room for what it sees.
+
 What is not known before the data is there is assumed, and :data:`ASSUMPTIONS` says how.
 """
 
@@ -37,7 +39,7 @@ from quarterlight.models.checkpoint import load_config, resolve_checkpoint
 from quarterlight.models.flops import attention_flop, key_value_columns, text_flop, tower_tokens, vision_flop
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.shapes import SHAPES, internvl3_config
-from quarterlight.recipe import ContrastStage, Recipe, SourceRecipe, TaskRecipe
+from quarterlight.recipe import ContrastStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
 
@@ -92,7 +94,13 @@ PAPER_HOURS = MappingProxyType({("2B", 2): 22 + 57 / 60 + 6 / 3600, ("2B", 1): 5
 """(InternVL3, s) -> hours of the warm-up on 48 A800 (Table 9)."""
 
 PAPER_SAMPLES = MappingProxyType(
-    {"restore": 32_000_000, "warmup": 16_000_000, "hard_negatives": 16_000_000, "finetune": 1_500_000}
+    {
+        "restore": 32_000_000,
+        "warmup": 16_000_000,
+        "hard_negatives": 16_000_000,
+        "finetune": 1_500_000,
+        "rerank": 1_500_000,
+    }
 )
 """Stage -> how much data the paper has for it (section 4, Table 14)."""
 
@@ -108,6 +116,12 @@ CONVERSATION_TOKENS = 250
 JUDGE_PROMPT_TOKENS = 60
 """Of a judge's template and instruction, or of the frame of a conversation made of a retrieval row."""
 
+RERANK_TOKENS = 70
+"""Of a reranker's template and a usual instruction, around query and candidates."""
+
+NUMBER_TOKENS = 4
+"""Of the number of a candidate in a list, in brackets."""
+
 LABEL_SHARE = 0.5
 """Of the words of a conversation that the assistant speaks, likewise."""
 
@@ -119,6 +133,7 @@ ASSUMPTIONS = (
     f"{PROMPT_TOKENS} more",
     "a page has as many tiles as it may have, and a thumbnail",
     "a query has one target of its own, so candidates are as many as queries, where the data is not there",
+    "a query has hard negatives enough for a list of any length; the template of a reranker is counted for each prompt",
     "padding is not counted; mining is counted as if it were exact",
 )
 """Said under the table."""
@@ -211,7 +226,13 @@ class _Planner:
             return self._contrast(name, self.recipe.contrast[name])
         if name in ("mine", "retrieve"):
             return self._retrieve(name)
-        stages = {"teacher": self._teacher, "tower": self._tower, "restore": self._restore, "judge": self._judge}
+        stages = {
+            "teacher": self._teacher,
+            "tower": self._tower,
+            "restore": self._restore,
+            "judge": self._judge,
+            "rerank": self._rerank,
+        }
         if name in stages:
             return stages[name]()
         return StagePlan(stage=name, notes=("Seconds: random weights, and a tokenizer from the texts.",))
@@ -322,16 +343,87 @@ class _Planner:
             )
         )
 
+    def _rerank(self) -> StagePlan:
+        stage = self.recipe.rerank
+        assert stage is not None
+        tasks, loss, optimizer = self.sizes.tasks("rerank"), stage.loss, stage.optimizer
+        samples = sum(task.num_queries for task in tasks)
+        batch = loss.batch_size * self.devices * optimizer.gradient_accumulation_steps
+        steps = optimizer.steps(samples, batch)
+        listed = 1 + (loss.min_negatives + loss.max_negatives) / 2
+        tokens = visual = flop = longest = 0.0
+        for task in tasks:
+            share = task.weight / sum(one.weight for one in tasks)
+            query, candidate = (side.text + side.tiles * self.tile_tokens for side in (task.query, task.candidate))
+            # both pairs are one sequence
+            pair = RERANK_TOKENS + query + 2 * candidate if loss.pointwise_weight else 0.0
+            many = RERANK_TOKENS + query + listed * (candidate + NUMBER_TOKENS) if loss.listwise_weight else 0.0
+            tiles = bool(pair) * (task.query.tiles + 2 * task.candidate.tiles)
+            tiles += bool(many) * (task.query.tiles + listed * task.candidate.tiles)
+            tokens += share * (pair + many)
+            visual += share * tiles * self.tile_tokens
+            flop += share * sum(self._language_flop(one, stage) for one in (pair, many))
+            longest = max(longest, loss.batch_size * (pair + many))
+        answers = 2 * bool(loss.pointwise_weight) + bool(loss.listwise_weight)
+        model = self._model(language_head=True)
+        flop += 3 * answers * 2 * _numel(model.lm_head)
+        pictures, kept = self._pictures_of(stage)
+        drawn = steps * batch * visual / self.tile_tokens
+        flop_in_all = steps * batch * flop + vision_flop(self.config, min(drawn, pictures + (1 - kept) * drawn))
+        frozen = _numel(model.base_model.vision_tower) + _numel(model.base_model.multi_modal_projector)
+        trained = _numel(model) - frozen if stage.lora is None else self._trained(stage.lora)
+        rest = (_numel(model) - (0 if stage.lora else trained)) * (2 if stage.lora and optimizer.bf16 else 4)
+        activations = rest + self._saved_bytes(longest, 0, optimizer.gradient_checkpointing, stage.lora)
+        divisible = (_FULL_BYTES if stage.lora is None else _LORA_BYTES) * trained
+        notes = [f"Keeps the visual tokens of {kept:.0%} of its pictures in memory, so that these are looked at once."]
+        if stage.initial == "restore" and any(one.lora is None for one in self.recipe.contrast.values()):
+            notes.append(
+                "The embedder trains its vision tower after restore: the two will not share one, and images are looked "
+                "at twice in a search. Say initial: finetune, or give the contrastive stages lora."
+            )
+        if divisible + activations > self.device.memory_gb * 1e9:
+            notes.append(
+                f"More than the {self.device.memory_gb:g} GB of a device, and this stage divides no weights: lower the "
+                "batch, turn on gradient_checkpointing, or train with lora."
+            )
+        return self._with_hours(
+            StagePlan(
+                stage="rerank",
+                samples=samples,
+                batch=batch,
+                steps=steps,
+                tokens=round(batch * tokens),
+                visual_tokens=round(batch * visual),
+                trained=trained,
+                flop=flop_in_all,
+                memory_gb=(divisible + activations) / 1e9,
+                notes=notes,
+            )
+        )
+
+    def _pictures_of(self, stage: RerankStage) -> tuple[float, float]:
+        """Tiles of all pictures of the stage, and the share of them whose visual tokens fit into a device's memory."""
+        tiles = sum(
+            task.num_queries * task.query.tiles + task.num_candidates * task.candidate.tiles
+            for task in self.sizes.distinct("rerank")
+        )
+        size = tiles * self.tile_tokens * self.config.text_config.hidden_size * (2 if stage.optimizer.bf16 else 4)
+        return tiles, min(1.0, stage.loss.visual_tokens_bytes / size) if size else 1.0
+
     def _train_flop(self, side: _Side, stage: ContrastStage, again: bool) -> float:
         """Operations of forward and backward for one query or candidate: the sum at the top of this file."""
-        tokens = side.tokens(self.tile_tokens)
-        tower, text = vision_flop(self.config, side.tiles), text_flop(self.config, tokens)
+        tower = vision_flop(self.config, side.tiles)
+        looked = 1 + again if stage.lora else 3 + stage.optimizer.gradient_checkpointing + again
+        return looked * tower + self._language_flop(side.tokens(self.tile_tokens), stage, again)
+
+    def _language_flop(self, tokens: float, stage: ContrastStage | RerankStage, again: bool = False) -> float:
+        """The part of the language model in that sum, for a sequence of so many tokens."""
+        text = text_flop(self.config, tokens)
         forward = 1 + stage.optimizer.gradient_checkpointing + again
         if stage.lora is None:
-            return (forward + 2) * (tower + text)
+            return (forward + 2) * text
         adapters = 2 * self._trained(stage.lora) * tokens
-        backward = text + attention_flop(self.config, tokens) + 2 * adapters
-        return (1 + again) * tower + forward * (text + adapters) + backward
+        return forward * (text + adapters) + text + attention_flop(self.config, tokens) + 2 * adapters
 
     def _retrieve(self, name: str) -> StagePlan:
         tasks = self.sizes.distinct(name)
@@ -521,8 +613,8 @@ class _Sizes:
 
     def tasks(self, stage: str) -> list[_Task]:
         """The entries of a stage's mixture."""
-        contrast = self.recipe.contrast.get(stage)
-        weights = contrast.weights if contrast else {}
+        trained = self.recipe.trained.get(stage)
+        weights = trained.weights if trained else {}
         return [replace(self._task(one), weight=weights.get(one.label, one.weight)) for one in self.recipe.tasks(stage)]
 
     def distinct(self, stage: str) -> list[_Task]:
@@ -596,7 +688,7 @@ class _Sizes:
     @cached_property
     def _pages(self) -> set[str]:
         """The datasets that have a task of pages, which makes pages of all of their pictures."""
-        mixtures = [self.recipe.mixture, *(self.recipe.tasks(stage) for stage in self.recipe.contrast)]
+        mixtures = [self.recipe.mixture, *(self.recipe.tasks(stage) for stage in self.recipe.trained)]
         return {one.dataset for mixture in mixtures for one in mixture if one.task == PAGE_TASK}
 
     def _is_there(self, dataset: str) -> bool:

@@ -185,9 +185,12 @@ class RerankPrompt:
     listwise: bool = False
     system: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "system", self.system.strip())
+
     def prefix(self) -> tuple[Segment, ...]:
         """All up to the candidates."""
-        system = [Segment("frame", f"<|im_start|>system\n{self.system.strip()}<|im_end|>\n")] if self.system else []
+        system = [Segment("frame", f"<|im_start|>system\n{self.system}<|im_end|>\n")] if self.system else []
         asked = LISTWISE if self.listwise else POINTWISE
         opening = Segment("frame", f"<|im_start|>user\n{asked} Query:")
         label = Segment("frame", " Candidates:" if self.listwise else " Candidate:")

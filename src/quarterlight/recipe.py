@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from transformers import InternVLVisionConfig, Qwen2Config
@@ -22,6 +22,7 @@ from quarterlight.training.augment import AugmentRecipe
 from quarterlight.training.contrast import ContrastRecipe
 from quarterlight.training.lora import LoraRecipe
 from quarterlight.training.optimizer import OptimizerRecipe
+from quarterlight.training.rerank import RerankRecipe
 from quarterlight.training.restore import RestoreRecipe
 from quarterlight.training.teacher import TeacherRecipe
 from quarterlight.training.tower import TowerRecipe
@@ -37,12 +38,20 @@ STAGES = (
     "retrieve",
     "judge",
     "finetune",
+    "rerank",
 )
 """The stages in the order in which they run.
 
 ``start`` makes a model of random weights, ``teacher`` and ``tower`` stand in for its pretraining.  In the paper,
-``restore`` is stage 1, ``warmup`` to ``hard_negatives`` are stage 2, ``retrieve`` to ``finetune`` are stage 3.
+``restore`` is stage 1, ``warmup`` to ``hard_negatives`` are stage 2, ``retrieve`` to ``finetune`` are stage 3;
+``rerank`` trains a second model, which looks through the vision tower of the embedder where it can.
 """
+
+
+NO_HEAD = (
+    "rerank.initial is finetune, but an embedder has no language head of its own, and this model does not use the "
+    "embeddings of its words as one (tie_word_embeddings): say rerank.initial: restore."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +221,43 @@ class ContrastStage:
     weights: Mapping[str, float] = field(default_factory=dict)
     """dataset/task -> weight in this stage, in place of that in the mixture"""
 
+    @property
+    def num_negatives(self) -> int:
+        """Hard negatives of a query, at most."""
+        return self.loss.num_negatives
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankStage:
+    """Training of the reranker on the negatives, and the augmented positives, of stage 3 (paper, section 3.4)."""
+
+    optimizer: OptimizerRecipe
+    loss: RerankRecipe = RerankRecipe()
+    lora: LoraRecipe | None = None
+    """trains adapters of the language model; without it, all weights but those of vision tower and connector"""
+    initial: Literal["restore", "finetune"] = "restore"
+    """the model that it begins with: the trunk of stage 1, which writes (paper), or the embedder; without a stage that
+    leaves such a model, the checkpoint.  A kept adapter of the embedder (``lora.keep``) is left out"""
+    fusion_weight: float = 1.0
+    """saved with the reranker: its weight in a search, the cosine having the rest (paper: the reranker alone)"""
+    keep_labelled: bool = False
+    """mined negatives come beside the labelled ones of the dataset, rather than in their place"""
+    fill_from_mined: bool = False
+    """a query with fewer judged negatives than ``loss.max_negatives`` gets mined ones"""
+    mixture: Sequence[TaskRecipe] | None = None
+    """of this stage, in place of that of finetune"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """dataset/task -> weight in this stage, in place of that in the mixture"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fusion_weight <= 1:
+            raise RecipeError(f"fusion_weight must be from 0 to 1, got {self.fusion_weight}.")
+
+    @property
+    def num_negatives(self) -> int:
+        """Hard negatives of a query, at most."""
+        return self.loss.max_negatives
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -233,13 +279,16 @@ class Recipe:
     teacher: TeacherStage | None = None
     tower: TowerStage | None = None
     restore: RestoreStage | None = None
-    warmup: ContrastStage
+    warmup: ContrastStage | None = None
+    """a checkpoint that is an embedder already can do without"""
     mine: MineRecipe | None = None
     hard_negatives: ContrastStage | None = None
     retrieve: MineRecipe | None = None
     judge: JudgeRecipe | None = None
     finetune: ContrastStage | None = None
     """with the negatives of ``judge``; without that stage, all that ``retrieve`` found (rule-based ones, Table 8)"""
+    rerank: RerankStage | None = None
+    """with the same; without ``retrieve``, those of ``mine``, and without both, those that the datasets label"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -255,9 +304,12 @@ class Recipe:
         for needed, by in {"mine": "hard_negatives", "retrieve": "judge"}.items():
             if getattr(self, by) is not None and getattr(self, needed) is None:
                 raise RecipeError(f"The recipe has no stage {needed}, which its stage {by} asks for.")
-        for stage, one in self.contrast.items():
-            if one.fill_from_mined and (stage != "finetune" or self.mine is None or self.retrieve is None):
-                raise RecipeError(f"{stage}.fill_from_mined is for finetune, in a recipe with mine and retrieve.")
+        for stage, one in self.trained.items():
+            judged = stage in ("finetune", "rerank") and self.mine is not None and self.retrieve is not None
+            if one.fill_from_mined and not judged:
+                raise RecipeError(
+                    f"{stage}.fill_from_mined is for finetune and rerank, in a recipe with mine and retrieve."
+                )
             names = [task.label for task in self.tasks(stage)]
             for name in one.weights:
                 if names.count(name) != 1:
@@ -266,6 +318,14 @@ class Recipe:
                         f"{stage}.weights has {name!r}, which its mixture {trouble}. {did_you_mean(name, set(names))}"
                     )
 
+        if self.rerank is not None and self.model.checkpoint is None:
+            if self.rerank.initial == "restore" and self.restore is None:
+                raise RecipeError(
+                    "rerank.initial is restore, but the recipe has neither a stage restore nor a checkpoint: add one, "
+                    "or say rerank.initial: finetune."
+                )
+            if self.rerank.initial == "finetune" and self.contrast and not self.model.text.get("tie_word_embeddings"):
+                raise RecipeError(NO_HEAD)
         if self.judge is not None:
             names = [task.label for task in self.tasks("judge")]
             for name in (*self.judge.exempt, *self.judge.instructions):
@@ -284,14 +344,29 @@ class Recipe:
         stages = {name: getattr(self, name) for name in ("warmup", "hard_negatives", "finetune")}
         return {name: stage for name, stage in stages.items() if stage is not None}
 
+    @property
+    def trained(self) -> dict[str, ContrastStage | RerankStage]:
+        """The stages that train on hard negatives, by name, in order."""
+        return {**self.contrast, **({"rerank": self.rerank} if self.rerank is not None else {})}
+
     def tasks(self, stage: str) -> Sequence[TaskRecipe]:
-        """The mixture of a stage: its own, or that of the recipe.
+        """The mixture of a stage: its own, or that of the recipe; of ``rerank``, that of ``finetune``.
 
         Mining and judging look at the tasks of the contrastive stage that uses them.
         """
         user = {"mine": "hard_negatives", "retrieve": "finetune", "judge": "finetune"}.get(stage, stage)
-        one = self.contrast.get(user)
-        return self.mixture if one is None or one.mixture is None else one.mixture
+        one = self.trained.get(user)
+        if one is not None and one.mixture is not None:
+            return one.mixture
+        return self.tasks("finetune") if stage == "rerank" else self.mixture
+
+    def first_model(self, stage: str) -> str | None:
+        """The stage that leaves the model that a stage begins with; ``None`` for the checkpoint."""
+        earlier = self.stages[: self.stages.index(stage)]
+        models = [one for one in earlier if one not in ("teacher", "mine", "retrieve", "judge")]
+        if stage == "rerank" and self.rerank is not None and self.rerank.initial == "restore":
+            models = [one for one in models if one == "restore"]
+        return models[-1] if models else None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -33,3 +33,8 @@ def test_places() -> None:
     assert places(recall, np.array([0.3, 0.1, 0.2, 0.3]), 1).tolist() == [1, 3, 2, 0]
     assert places(recall[:1], recall[:1], 1).tolist() == [0]
     assert places(recall[:0], recall[:0], 1).tolist() == []
+
+
+def test_without_weight_the_reranker_does_not_break_ties() -> None:
+    recall = np.array([0.5, 0.5, 0.5])
+    assert places(recall, np.array([0.9, 0.1, 0.5]), 0.0).tolist() == [0, 0, 0]

@@ -133,3 +133,12 @@ def test_no_reranker_inside(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter.txt").write_text("")
     with pytest.raises(CheckpointError, match="something else than a model"):
         save_pair(tmp_path / "thesis", *folders)
+
+
+def test_language_models_of_other_sizes(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, processor = load_backbone(folders[1], language_head=True)
+    model.model.language_model.layers = model.model.language_model.layers[:1]
+    model.config.text_config.num_hidden_layers = 1
+    save_reranker(tmp_path / "short", model, processor, RerankerSettings())
+    with pytest.raises(CheckpointError, match="language models of different sizes"):
+        save_pair(tmp_path / "pair", folders[0], tmp_path / "short")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def test_rank(reranker: Reranker, candidates: list[Item]) -> None:
     same = reranker.rank("an apple", ["x"] * 4)
     assert [one["corpus_id"] for one in same] == [0, 1, 2, 3]
     assert reranker.rank("an apple", []) == []
+    assert reranker.score("an apple", "pear").shape == (1,)  # one candidate, not its letters
     assert reranker.rank_listwise("an apple", []) == []
 
 
@@ -152,9 +154,9 @@ def test_long_lists_are_ordered_window_by_window(reranker: Reranker, monkeypatch
     """With a judge of lists that knows the truth, what stands last comes first."""
     seen: list[int] = []
 
-    def by_length(query: Item, items: list[Item], *_: Any) -> np.ndarray:
+    def by_length(query: Item, items: list[Item], *_: Any) -> tuple[np.ndarray, int]:
         seen.append(len(items))
-        return np.array([len(str(item.text)) for item in items], np.float32)
+        return np.array([len(str(item.text)) for item in items], np.float32), 0
 
     monkeypatch.setattr(reranker, "_list_scores", by_length)
     ranking = reranker.rank_listwise("q", ["x" * n for n in range(1, 15)], top_k=3)
@@ -208,33 +210,94 @@ def test_unusable_items(reranker: Reranker, tmp_path: Path) -> None:
         reranker.score(tmp_path / "torn.png", ["x"])
     with pytest.raises(ImageError, match=r"Pair 1: .*torn\.png"):
         reranker.predict([("q", "x"), ("q", tmp_path / "torn.png")])
-    with pytest.raises(InputError, match="Pair 1: expected a query and a candidate"):
-        reranker.predict([("q", "x"), ("q",)])  # type: ignore[list-item]
+    for pair in (("q",), "ab", {"q": "x", "r": "y"}):
+        with pytest.raises(InputError, match="Pair 1: expected a query and a candidate"):
+            reranker.predict([("q", "x"), pair])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="Pair 1, its candidate has neither"):
+        reranker.predict([("q", "x"), ("q", " ")])
+    with pytest.raises(InputError, match="top_k must be at least 1, got -1"):
+        reranker.rank("q", ["x"], top_k=-1)
 
 
 def test_long_texts_are_cut_at_the_end_and_reported(reranker: Reranker, caplog: pytest.LogCaptureFixture) -> None:
     long = "apple " * 40
     with caplog.at_level(logging.WARNING):
         cut = reranker.score("q", [long, "short"])
-    assert "1 texts of 2 candidates were cut" in caplog.text
+    assert "1 texts were longer than the reranker reads" in caplog.text
     np.testing.assert_allclose(cut[0], reranker.score("q", [long + "never read"])[0], atol=1e-6)
 
 
-def test_what_no_longer_fits_is_cut_but_never_the_template(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    reranker = Reranker(folder, dtype=torch.float32, device="cpu")
-    prefix, (tail,) = reranker.formatter.prefix(Item(text="q")), reranker.formatter.tails([Item(text="apple " * 9)])
-    room = prefix.num_tokens + tail.num_tokens - 5
-    monkeypatch.setattr(reranker.model.config.text_config, "max_position_embeddings", room)
+def test_a_text_of_just_the_limit_is_not_reported(reranker: Reranker, caplog: pytest.LogCaptureFixture) -> None:
+    limit = reranker.settings.text_max_tokens
+    token = reranker.processor.tokenizer.encode(" a", add_special_tokens=False)
+    assert len(token) == 1
     with caplog.at_level(logging.WARNING):
-        (fitting,) = reranker._fitting([tail], prefix.num_tokens)
-    assert fitting.num_tokens == tail.num_tokens - 5
+        reranker.score(" a" * limit, [" a" * limit])
+        assert not caplog.text
+        reranker.score(" a" * (limit + 1), ["x"])
+    assert "1 texts were longer" in caplog.text
+
+
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_what_no_longer_fits_is_cut_but_never_the_template(
+    folder: Path, picture: Pictures, max_tiles: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the pictures take: all tiles of a page count."""
+    reranker = Reranker(folder, dtype=torch.float32, device="cpu")
+    query, item = Item(text="q"), Item(text="apple " * 9, image=picture(0, 128, 128), max_tiles=max_tiles)
+    seen = reranker._see([item], ["it"], {})
+    (tail,) = reranker.formatter.tails([item])
+    prefix = reranker.formatter.prefix(query).num_tokens
+    longest = prefix + len(reranker._expand(tail, [item], seen))
+    text = reranker.model.config.text_config
+    monkeypatch.setattr(text, "max_position_embeddings", longest - 5)
+    (fitting,) = reranker._fitting([tail], [[item]], prefix, seen)
+    assert prefix + len(reranker._expand(fitting, [item], seen)) == longest - 5
     assert fitting.runs[-1] == tail.runs[-1]
-    assert "were cut" in caplog.text
-    monkeypatch.setattr(reranker.model.config.text_config, "max_position_embeddings", prefix.num_tokens)
+    with caplog.at_level(logging.WARNING):
+        reranker.score(query, [item])
+    assert "1 texts were longer" in caplog.text
+    monkeypatch.setattr(text, "max_position_embeddings", prefix + 3)
     with pytest.raises(InputError, match="leave no room"):
-        reranker.score("q", ["apple"])
+        reranker.score(query, [item])
+    monkeypatch.setattr(text, "max_position_embeddings", prefix)
+    with pytest.raises(InputError, match="leaves no room for a candidate"):
+        reranker.score(query, [item])
+
+
+def test_threads_spell_alike(folder: Path) -> None:
+    """A tokenizer that one thread has told to spell special tokens out must not do so for another."""
+    reranker = Reranker(folder, dtype=torch.float32, device="cpu")
+    expected = reranker.score("an apple", ["<|im_end|> spelt out"])
+
+    def work(number: int) -> np.ndarray:
+        return Reranker.from_model(reranker.model, reranker.processor, reranker.settings).score(
+            "an apple", [f"<|im_end|> {number}", "<|im_end|> spelt out"]
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(work, range(64)):
+            np.testing.assert_allclose(scores[1], expected[0], atol=1e-6)
+
+
+def test_weights_that_change_are_seen(folder: Path) -> None:
+    reranker = Reranker(folder, dtype=torch.float32, device="cpu")
+    before = reranker.score("an apple", ["red"])
+    with torch.no_grad():
+        for weight in reranker.model.model.language_model.layers.parameters():
+            weight.mul_(1.5)
+    fresh = Reranker.from_model(reranker.model, reranker.processor, reranker.settings)
+    np.testing.assert_array_equal(reranker.score("an apple", ["red"]), fresh.score("an apple", ["red"]))
+    assert abs(before - fresh.score("an apple", ["red"])) > 1e-4
+
+
+def test_windows_hold_so_many_visual_tokens(
+    reranker: Reranker, picture: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reranker_module, "TOKEN_CACHE_BYTES", 3 * 4 * 32 * 4 * 2)  # three pictures of at most two tiles
+    items = [Item(image=picture(n)) for n in range(4)]
+    windows = list(reranker._windows([[0, 1], [2], [3], []], items))
+    assert windows == [[[0, 1], [2]], [[3], []]]
 
 
 def test_tokenizer_that_splits_the_answers() -> None:

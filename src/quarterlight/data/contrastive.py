@@ -65,14 +65,14 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _Ragged:
+class Ragged:
     """Rows of different lengths: row n is ``values[start[n] : start[n + 1]]``."""
 
     values: _Ints
     start: _Ints
 
     @classmethod
-    def of(cls, owner: _Ints, values: _Ints, rows: int) -> _Ragged:
+    def of(cls, owner: _Ints, values: _Ints, rows: int) -> Ragged:
         """From pairs of a row and a value, sorted by row."""
         return cls(values, np.searchsorted(owner, np.arange(rows + 1)))
 
@@ -88,10 +88,11 @@ class _Ragged:
         return owner, self.values[np.arange(len(owner)) + skipped[owner]]
 
 
-class _Table:
+class MixtureTable:
     """All queries and candidates of a mixture, numbered through, and told apart by what they show, not by their ids.
 
-    positives: candidates, by query.  negatives: candidates that are no known answer, each content once, by query.
+    positives: candidates, by query.  augmented: these and those judged relevant to the query, likewise.
+    negatives: candidates that are no known answer, each content once, by query.
     answers: contents, sorted, by question.  The same question may stand in several rows and tasks, each with another
     answer: all of them are right.  It counts as the same only under the same instruction.
     """
@@ -112,21 +113,25 @@ class _Table:
             asked.setdefault((*_content(q.item), q.item.instruction), len(asked)) for q in self.queries
         )
         owner, positive = self._pairs("positives", number)
-        self.positives = _Ragged.of(owner, positive, len(self.queries))
+        self.positives = Ragged.of(owner, positive, len(self.queries))
         if not self.positives.length.all():
             missing = int(np.argmin(self.positives.length))
             label = tasks[self.task_of_query[missing]].label
             raise DatasetError(f"{label}: the query {self.queries[missing].qid!r} has no positive candidate.")
         relevant_owner, relevant = self._pairs("also_relevant", number)
+        order = np.argsort(np.append(owner, relevant_owner), kind="stable")
+        self.augmented = Ragged.of(
+            np.append(owner, relevant_owner)[order], np.append(positive, relevant)[order], len(self.queries)
+        )
         answer = np.sort(self._key(self.question[np.append(owner, relevant_owner)], np.append(positive, relevant)))
         answer = answer[np.diff(answer, prepend=-1) > 0]
-        self.answers = _Ragged.of(answer // self.num_contents, answer % self.num_contents, len(asked))
+        self.answers = Ragged.of(answer // self.num_contents, answer % self.num_contents, len(asked))
         owner, negative = self._pairs("negatives", number)
         asked_for = self._key(self.question[owner], negative)
         usable = answer[np.minimum(np.searchsorted(answer, asked_for), len(answer) - 1)] != asked_for
         owner, negative = owner[usable], negative[usable]
         once = np.sort(np.unique(self._key(owner, negative), return_index=True)[1])
-        self.negatives = _Ragged.of(owner[once], negative[once], len(self.queries))
+        self.negatives = Ragged.of(owner[once], negative[once], len(self.queries))
 
     def _key(self, row: _Ints, candidate: _Ints) -> _Ints:
         """One number for a row and the content of a candidate."""
@@ -221,6 +226,38 @@ class TaskMixture:
         return weights / weights.sum()
 
 
+class Schedule:
+    """Which task each draw of a run is from, so that any stretch of draws has close to its share of every task.
+
+    shares: of the tasks, summing to 1.  seed: decides where in the order a run begins.
+    """
+
+    def __init__(self, shares: npt.NDArray[np.float64], seed: int) -> None:
+        self._ends = np.cumsum(shares)[:-1]
+        self._offset = np.random.default_rng(seed).random()
+        self._before = [np.zeros(len(shares), np.int64)]  # draws of each task before each chunk
+
+    def turns(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """For each of ``count`` draws from ``start`` on its task, and how many draws of that task went before."""
+        chunk = start // _SCHEDULE_CHUNK
+        before = self._before
+        while len(before) <= chunk:  # a new list, so that threads may ask at once
+            done = (len(before) - 1) * _SCHEDULE_CHUNK
+            before = [*before, before[-1] + self._count(self._tasks(done, done + _SCHEDULE_CHUNK))]
+        self._before = before
+        turns = before[chunk] + self._count(self._tasks(chunk * _SCHEDULE_CHUNK, start))
+        for task in self._tasks(start, start + count).tolist():
+            yield task, int(turns[task])
+            turns[task] += 1
+
+    def _tasks(self, start: int, stop: int) -> _Ints:
+        place = (self._offset + _GOLDEN * np.arange(start, stop)) % 1.0
+        return np.searchsorted(self._ends, place, side="right")
+
+    def _count(self, tasks: _Ints) -> _Ints:
+        return np.bincount(tasks, minlength=len(self._ends) + 1)
+
+
 class BatchSampler:
     """The batches of a training run by step.
 
@@ -260,10 +297,10 @@ class BatchSampler:
         self.num_negatives = num_negatives
         self.seed = seed
         self.fill = fill
-        self._table = _Table(mixture.tasks)
+        self._table = MixtureTable(mixture.tasks)
         self._sizes = np.minimum([len(task.queries) for task in mixture.tasks], self.run_size)
         self._plans: dict[int, tuple[int, _Plan]] = {}  # by task: the pass and its plan
-        self._before = [np.zeros(len(mixture.tasks), np.int64)]  # runs of each task before each chunk of the schedule
+        self._schedule = Schedule(mixture.shares, seed)
 
     @property
     def runs(self) -> int:
@@ -278,7 +315,7 @@ class BatchSampler:
     def batch(self, step: int) -> ContrastiveBatch:
         """The batch of a step, counted from 0."""
         table = self._table
-        rows = [self._run(task, turn) for task, turn in self._schedule(step)]
+        rows = [self._run(task, turn) for task, turn in self._schedule.turns(step * self.runs, self.runs)]
         query, target = (np.concatenate(part) for part in zip(*rows, strict=True))
         # the last number sets it apart from the seed of any plan: trailing zeros make no difference to numpy
         negatives = table.draw_negatives(query, self.num_negatives, self.fill, (self.seed, step, 0, 1))
@@ -303,29 +340,6 @@ class BatchSampler:
             plan = self._table.plan(task, size, (self.seed, task, epoch))
             self._plans[task] = epoch, plan
         return plan.query[index], plan.target[index]
-
-    def _schedule(self, step: int) -> Iterator[tuple[int, int]]:
-        """For each run of a step its task, and how many runs of that task went before."""
-        start = step * self.runs
-        chunk = start // _SCHEDULE_CHUNK
-        before = self._before
-        while len(before) <= chunk:  # a new list, so that threads may ask at once
-            done = (len(before) - 1) * _SCHEDULE_CHUNK
-            before = [*before, before[-1] + self._count(self._tasks(done, done + _SCHEDULE_CHUNK))]
-        self._before = before
-        turns = before[chunk] + self._count(self._tasks(chunk * _SCHEDULE_CHUNK, start))
-        for task in self._tasks(start, start + self.runs).tolist():
-            yield task, int(turns[task])
-            turns[task] += 1
-
-    def _tasks(self, start: int, stop: int) -> _Ints:
-        """The tasks of some runs, counted from the first of the schedule."""
-        offset = np.random.default_rng(self.seed).random()
-        place = (offset + _GOLDEN * np.arange(start, stop)) % 1.0
-        return np.searchsorted(np.cumsum(self.mixture.shares)[:-1], place, side="right")
-
-    def _count(self, tasks: _Ints) -> _Ints:
-        return np.bincount(tasks, minlength=len(self.mixture.tasks))
 
 
 def _numbers(values: Iterator[int]) -> _Ints:

@@ -40,8 +40,8 @@ MAX_FRAGMENTS = 100
 
 MAX_MERGED_BYTES = 256 * 2**20
 """Tables larger than this are not merged: LanceDB holds thousands of rows at once for it, which of tokens is nearly all
-(measured: 0.6 GB for a table of 0.75 GB).  They are written in large pieces to begin with; of what is removed from them
-the space comes back when all of a piece is gone."""
+(measured: 0.6 GB for a table of 0.75 GB).  They are written in large pieces to begin with; what is removed from them
+keeps its space on the disk until `index --store-visual-tokens` makes a new table, in the other precision."""
 
 _SCHEMA = pa.schema(
     [

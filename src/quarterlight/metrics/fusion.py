@@ -49,7 +49,8 @@ def places(
     [1, 2, 0, 0]
     """
     order = np.lexsort((-recall_K, -fuse(recall_K, rerank_K, weight)))
-    recall, rerank = recall_K[order], rerank_K[order]
+    # where the reranker has no weight, it does not break ties either
+    recall, rerank = recall_K[order], (rerank_K if weight else np.zeros_like(rerank_K))[order]
     is_next = (rerank[1:] != rerank[:-1]) | (np.abs(np.diff(recall)) > tolerance)
     place_K = np.zeros(len(order), np.int64)
     place_K[order[1:]] = np.cumsum(is_next)

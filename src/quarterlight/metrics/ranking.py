@@ -122,7 +122,8 @@ def first_k(
             drawn = tied
             if len(sure) + len(tied) > size:
                 drawn = np.random.default_rng((0, row)).choice(tied, size - len(sure), replace=False)
-            columns = np.concatenate([sure, drawn])
+            # in an order that is not that of the pool, in which a positive may always stand first
+            columns = np.random.default_rng((1, row)).permutation(np.concatenate([sure, drawn]))
             column_QK[row] = columns[np.argsort(-score_C[columns], kind="stable")]
             score_QK[row] = score_C[column_QK[row]]
     return column_QK, score_QK

@@ -30,8 +30,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,16 @@ RERANKER_ADAPTER = "adapter"
 
 VISION = ("vision_tower.", "multi_modal_projector.")
 """How the names of weights begin, after the name of the model, that are the eyes of embedder and reranker."""
+
+_CONNECTOR = (
+    "visual_token_compression",
+    "downsample_ratio",
+    "projector_hidden_act",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
+_TOWER = ("num_attention_heads", "hidden_act", "layer_norm_eps", "norm_type", "use_qk_norm", "image_size", "patch_size")
+"""Settings that change visual tokens and are not seen in the shapes of weights."""
 
 PEFT_PREFIX = "base_model.model."
 """Of the names in adapter files, for those who wrap a model rather than change it."""
@@ -492,21 +502,22 @@ def saved_adapter(folder: Path, name: str = ADAPTER) -> dict[str, Any]:
     return content
 
 
-def saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def saved_tensors(folder: Path, only: Sequence[str] = ("",)) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each weight of a folder, a kept adapter's included, in the order of their names.
 
-    Raises CheckpointError if it has none.
+    only: parts, one of which a name must have.  Raises CheckpointError if the folder has no weights.
     """
     shards = weight_files(folder)
     for name in (ADAPTER, RERANKER_ADAPTER):
         shards += sorted((folder / name).glob("adapter_model.safetensors"))
-    owners: dict[str, Path] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as tensors:
-            owners.update(dict.fromkeys(tensors.keys(), shard))
-    for name in sorted(owners):
-        with safe_open(owners[name], framework="pt") as tensors:
-            yield name, tensors.get_tensor(name)
+    with ExitStack() as stack:
+        owners: dict[str, Any] = {}
+        for shard in shards:
+            tensors = stack.enter_context(safe_open(shard, framework="pt"))
+            owners.update(dict.fromkeys(tensors.keys(), tensors))
+        for name in sorted(owners):
+            if any(part in name for part in only):
+                yield name, owners[name].get_tensor(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -533,14 +544,16 @@ def vision_hash(folder: Path | None, model: Any, processor: InternVLVTCProcessor
 
     folder: of the saved weights; ``None`` takes those of the model in memory, whose dtype then counts.
     """
-    weights = saved_tensors(folder) if folder else sorted(model.base_model.state_dict().items())
+    weights = saved_tensors(folder, VISION) if folder else sorted(model.base_model.state_dict().items())
     eyes = {"".join(name.partition(part)[1:]): one for name, one in weights for part in VISION if part in name}
     image_processor = processor.image_processor.to_dict()
     image_processor.pop("max_patches")  # of the model; an item says its own
+    config = model.config
     recipe = {
         "weights": weights_hash(sorted(eyes.items())),
         "image_processor": image_processor,
-        "visual_token_compression": model.config.visual_token_compression,
+        "connector": {name: getattr(config, name, None) for name in _CONNECTOR},
+        "vision_config": {name: getattr(config.vision_config, name, None) for name in _TOWER},
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -108,13 +108,18 @@ class Embedder:
         settings: EmbedderSettings,
         *,
         name: str = "unsaved",
+        folder: Path | None = None,
         truncate_dim: int | None = None,
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
     ) -> Embedder:
-        """An embedder around a model in memory, whose language head, if any, is not used. Put it in ``eval`` mode."""
+        """An embedder around a model in memory, whose language head, if any, is not used. Put it in ``eval`` mode.
+
+        folder: where it was loaded from, so that its hash is that of what was saved.
+        """
         embedder = cls.__new__(cls)
         embedder._assemble(model.base_model, processor, settings, name, truncate_dim, tokens_per_batch, num_workers)
+        embedder._folder = folder
         return embedder
 
     def _assemble(

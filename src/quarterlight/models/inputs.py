@@ -6,6 +6,7 @@ B rows, L tokens, T tiles, H and W pixels.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,15 +24,21 @@ from quarterlight.models.settings import EmbedderSettings
 from quarterlight.prompts import Prompt, Role, Segment
 from quarterlight.records import Item, ItemLike
 
+_tokenizing = threading.Lock()
+"""Held while a tokenizer works: it is told how to treat special tokens in one call and does so in the next, whichever
+thread makes that."""
+
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """A prompt whose pictures are still single slots, because their tiles have not been counted.
 
     runs: (kind of segment, token ids) in order; the ids of a picture are empty.
+    num_cut: texts that lost their ends.
     """
 
     runs: tuple[tuple[str, tuple[int, ...]], ...]
+    num_cut: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -58,7 +65,8 @@ class PlainText:
         words = [piece for piece in chain.from_iterable(pieces) if piece not in self._heeded]
         encoded: Iterator[Sequence[int]] = iter(())
         if words:
-            encoded = iter(self._tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            with _tokenizing:
+                encoded = iter(self._tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         return [tuple(chain.from_iterable(self._heeded.get(one) or next(encoded) for one in parts)) for parts in pieces]
 
 
@@ -78,10 +86,13 @@ class SegmentTokenizer:
         """The tokens of each prompt."""
         texts = dict.fromkeys(one.text for one in chain.from_iterable(prompts) if one.kind == "text")
         limit = self.text_max_tokens
-        text_ids = {text: ids[:limit] for text, ids in zip(texts, self._plain(list(texts)), strict=True)}
+        text_ids = dict(zip(texts, self._plain(list(texts)), strict=True))
         return [
             TokenizedPrompt(
-                tuple((kind, text_ids[text] if kind == "text" else self._ids(kind, text)) for kind, text in prompt)
+                tuple(
+                    (kind, text_ids[text][:limit] if kind == "text" else self._ids(kind, text)) for kind, text in prompt
+                ),
+                sum(kind == "text" and len(text_ids[text]) > limit for kind, text in prompt),
             )
             for prompt in prompts
         ]
@@ -110,7 +121,10 @@ class SegmentTokenizer:
         """Ids of a frame or an instruction, of which there are few."""
         if kind == "instruction":
             return self._plain([text])[0]
-        return tuple(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with _tokenizing:
+            return tuple(
+                self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+            )
 
 
 class InputFormatter:

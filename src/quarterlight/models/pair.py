@@ -37,6 +37,7 @@ from quarterlight.models.checkpoint import (
     load_settings,
     read_description,
     resolve_checkpoint,
+    saved_tensors,
     weight_files,
 )
 from quarterlight.models.embedder import Embedder, best_dtype
@@ -69,6 +70,8 @@ def save_pair(folder: str | os.PathLike[str], embedder: Path, reranker: Path) ->
             f"{embedder} and {reranker} differ in vision tower or connector, so that they cannot share them: train the "
             "reranker from the embedder (rerank.initial: finetune), or the embedder with LoRA."
         )
+    if not _same_shapes(embedder, reranker):
+        raise CheckpointError(f"{embedder} and {reranker} have language models of different sizes.")
     if _spelling(embedder) != _spelling(reranker):
         raise CheckpointError(f"{embedder} and {reranker} have different tokenizers.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,7 @@ def save_pair(folder: str | os.PathLike[str], embedder: Path, reranker: Path) ->
 
 
 def load_pair(
-    model: str | os.PathLike[str] = "nano",
+    model: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -128,9 +131,9 @@ def load_pair(
             load_adapter(one.base_model, path / name)
         one.eval().requires_grad_(False)
     processors = [InternVLVTCProcessor.from_pretrained(path) for path in (folder, inside)]
-    embedder = Embedder.from_model(trunk, processors[0], settings, name=str(model), **options)
-    reranker = Reranker.from_model(head, processors[1], reranker_settings, name=str(model), **options)
-    embedder._folder, reranker._folder = folder, inside
+    options["name"] = str(model)
+    embedder = Embedder.from_model(trunk, processors[0], settings, folder=folder, **options)
+    reranker = Reranker.from_model(head, processors[1], reranker_settings, folder=inside, **options)
     return embedder, reranker
 
 
@@ -142,6 +145,17 @@ def _share(trunk: Any, head: Any) -> None:
             parent, _, last = name.rpartition(".")
             setattr(head.base_model.get_submodule(parent), last, weight)
     head.tie_weights()
+
+
+def _same_shapes(embedder: Path, reranker: Path) -> bool:
+    """Whether both have the same weights but for a language head, whatever their values."""
+    ours, theirs = ({name for name in _tensors(one) if "lm_head" not in name} for one in (embedder, reranker))
+    if ours != theirs:
+        return False
+    shapes = [
+        {name: one.shape for name, one in saved_tensors(folder) if name in ours} for folder in (embedder, reranker)
+    ]
+    return shapes[0] == shapes[1]
 
 
 def _spelling(folder: Path) -> list[Any]:

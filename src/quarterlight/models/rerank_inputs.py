@@ -67,22 +67,22 @@ class RerankFormatter:
         )
         return self.tokenize([prompt.prefix()])[0]
 
-    def tails(self, candidates: Sequence[Item], positions: Sequence[int] | None = None) -> list[TokenizedPrompt]:
+    def tails(self, candidates: Sequence[Item]) -> list[TokenizedPrompt]:
         """What follows the prefix, for each candidate alone.
 
-        positions: of the candidates, for messages.  Raises InputError for a candidate without text and image.
+        Raises InputError for a candidate without text and image.
         """
-        parts = self._candidates(candidates, positions)
+        parts = self._candidates(candidates)
         return self.tokenize([RerankPrompt(query=RerankPart(), candidates=(one,)).tail() for one in parts])
 
-    def list_tail(self, candidates: Sequence[Item], positions: Sequence[int] | None = None) -> TokenizedPrompt:
+    def list_tail(self, candidates: Sequence[Item]) -> TokenizedPrompt:
         """What follows the prefix, for all candidates together, numbered from 1; :data:`MAX_LIST` of them at most.
 
         Raises InputError as :meth:`tails` does, and for too many candidates.
         """
         if len(candidates) > MAX_LIST:
             raise InputError(f"A list has at most {MAX_LIST} candidates, got {len(candidates)}.")
-        parts = tuple(self._candidates(candidates, positions))
+        parts = tuple(self._candidates(candidates))
         return self.tokenize([RerankPrompt(query=RerankPart(), candidates=parts, listwise=True).tail()])[0]
 
     def query(self, item: Item, instruction: str | None = None) -> RerankPart:
@@ -99,9 +99,9 @@ class RerankFormatter:
         """The most tiles of each of an item's pictures."""
         return item.max_tiles or self.settings.max_tiles
 
-    def _candidates(self, items: Sequence[Item], positions: Sequence[int] | None) -> list[RerankPart]:
+    def _candidates(self, items: Sequence[Item]) -> list[RerankPart]:
         parts = []
-        for number, item in zip(range(len(items)) if positions is None else positions, items, strict=True):
+        for number, item in enumerate(items):
             if not item.images and not (item.text or "").strip():
                 raise InputError(f"Candidate {number} has neither text nor image: give at least one.")
             parts.append(RerankPart(num_images=len(item.images), text=item.text or ""))

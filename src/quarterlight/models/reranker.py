@@ -10,12 +10,11 @@ C candidates, B of them together, L tokens of the longest, P tokens of a prefix,
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,11 +38,12 @@ from quarterlight.models.checkpoint import (
     vision_hash,
     weights_hash,
 )
-from quarterlight.models.embedder import Embedder, LastUsed, VisualTokens, best_dtype
+from quarterlight.models.embedder import Embedder, LastUsed, VisualTokens, as_list, best_dtype
 from quarterlight.models.inputs import TokenizedPrompt
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.rerank_inputs import AnswerTokens, RerankFormatter
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
+from quarterlight.models.shared_prefix import repeated
 from quarterlight.prompts import rerank_chat_template
 from quarterlight.records import ArchiveMember, Item, ItemLike
 
@@ -58,6 +58,8 @@ TOKEN_CACHE_BYTES = 256 * 2**20
 
 StoredTokens: TypeAlias = "npt.NDArray[np.floating[Any]] | None"
 """Visual tokens of all tiles of a picture, float ``[tokens, D]``; ``None`` where they are still to be worked out."""
+
+_SIDES = ("its query", "its candidate")
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def has_reranker(model: str | os.PathLike[str]) -> bool:
 class Reranker:
     """A query and a candidate in, how well they match out.
 
-    >>> reranker = Reranker("nano")                                                         # doctest: +SKIP
+    >>> reranker = Reranker("runs/2b/rerank")                                               # doctest: +SKIP
     >>> reranker.score("a red apple", [Path("apple.jpg"), "a pear"])                        # doctest: +SKIP
     array([0.93, 0.02], dtype=float32)
     >>> reranker.rank("a red apple", [Path("apple.jpg"), "a pear"], top_k=1)                # doctest: +SKIP
@@ -96,7 +98,7 @@ class Reranker:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] = "nano",
+        model: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -125,12 +127,17 @@ class Reranker:
         settings: RerankerSettings,
         *,
         name: str = "unsaved",
+        folder: Path | None = None,
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
     ) -> Reranker:
-        """A reranker around an ``InternVLVTCForConditionalGeneration`` in memory. Put it in ``eval`` mode."""
+        """A reranker around an ``InternVLVTCForConditionalGeneration`` in memory. Put it in ``eval`` mode.
+
+        folder: where it was loaded from, so that its hash is that of what was saved.
+        """
         reranker = cls.__new__(cls)
         reranker._assemble(model, processor, settings, name, tokens_per_batch, num_workers)
+        reranker._folder = folder
         return reranker
 
     def _assemble(
@@ -157,7 +164,9 @@ class Reranker:
             tokens_per_batch=tokens_per_batch,
             num_workers=num_workers,
         )
-        self._openings: dict[bool, tuple[int, DynamicCache]] = {}  # listwise -> tokens in the cache, the cache
+        self._openings: dict[
+            tuple[Any, ...], tuple[int, DynamicCache]
+        ] = {}  # what they depend on -> tokens, their cache
 
     @cached_property
     def model_hash(self) -> str:
@@ -200,7 +209,9 @@ class Reranker:
         query, items = self._parsed(query, candidates)
         names = ["The query", *(f"Candidate {position}" for position in range(len(items)))]
         seen = self._see([query, *items], names, self._given(items, visual_tokens))
-        return self._scores(query, items, range(len(items)), instruction, seen)
+        scores_C, num_cut = self._scores(query, items, instruction, seen)
+        self._say_cut(num_cut)
+        return scores_C
 
     def predict(
         self,
@@ -215,21 +226,21 @@ class Reranker:
         """
         parsed = []
         for position, pair in enumerate(pairs):
-            try:
-                query, candidate = pair
-                parsed.append((Item.parse(query), Item.parse(candidate)))
-            except (TypeError, ValueError) as error:
-                reason = error if isinstance(error, InputError) else "expected a query and a candidate."
-                raise InputError(f"Pair {position}: {reason}") from error
+            if isinstance(pair, (str, bytes, Mapping)) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise InputError(f"Pair {position}: expected a query and a candidate, got {pair!r}.")
+            query, candidate = (
+                _parsed(one, f"Pair {position}, {what}") for one, what in zip(pair, _SIDES, strict=True)
+            )
+            parsed.append((query, candidate))
         groups: dict[Hashable, list[int]] = {}
         for position, (one, _) in enumerate(parsed):
             groups.setdefault(_key(one), []).append(position)
         scores_N = np.empty(len(parsed), np.float32)
+        num_cut = 0
         known = LastUsed(TOKEN_CACHE_BYTES)
         waiting = list(groups.values())
         with tqdm(total=len(parsed), desc="rerank", unit="pair", disable=not show_progress) as progress:
-            for start in range(0, len(waiting), QUERIES_PER_WINDOW):
-                window = waiting[start : start + QUERIES_PER_WINDOW]
+            for window in self._windows(waiting, [candidate for _, candidate in parsed]):
                 queries = [parsed[positions[0]][0] for positions in window]
                 where = [position for positions in window for position in positions]
                 names = [f"Pair {positions[0]}" for positions in window] + [f"Pair {position}" for position in where]
@@ -237,9 +248,27 @@ class Reranker:
                 seen = self._see(items, names, {}, known)
                 for query, positions in zip(queries, window, strict=True):
                     items = [parsed[position][1] for position in positions]
-                    scores_N[positions] = self._scores(query, items, positions, instruction, seen)
+                    scores_N[positions], more = self._scores(query, items, instruction, seen)
+                    num_cut += more
                     progress.update(len(positions))
+        self._say_cut(num_cut)
         return scores_N
+
+    def _windows(self, groups: Sequence[list[int]], candidates: Sequence[Item]) -> Iterator[list[list[int]]]:
+        """Runs of queries, each with the positions of its candidates, whose visual tokens fit into memory together."""
+        text: Any = self.model.config.text_config
+        bytes_per_tile = self.processor.image_seq_length * text.hidden_size * self.model.dtype.itemsize
+        window: list[list[int]] = []
+        num_bytes = 0
+        for group in groups:
+            tiles = sum(len(candidates[n].images) * (self.formatter.max_tiles(candidates[n]) + 1) for n in group)
+            if window and (len(window) == QUERIES_PER_WINDOW or num_bytes + tiles * bytes_per_tile > TOKEN_CACHE_BYTES):
+                yield window
+                window, num_bytes = [], 0
+            window.append(group)
+            num_bytes += tiles * bytes_per_tile
+        if window:
+            yield window
 
     def rank(
         self,
@@ -254,6 +283,7 @@ class Reranker:
 
         ``corpus_id`` is the position among the candidates.  top_k: how many at most.
         """
+        _check_top_k(top_k)
         scores_C = self.score(query, candidates, instruction=instruction, visual_tokens=visual_tokens)
         return _ranked(np.argsort(-scores_C, kind="stable")[:top_k], scores_C)
 
@@ -277,31 +307,27 @@ class Reranker:
         query, items = self._parsed(query, candidates)
         names = ["The query", *(f"Candidate {position}" for position in range(len(items)))]
         seen = self._see([query, *items], names, self._given(items, visual_tokens))
+        _check_top_k(top_k)
         order = list(range(len(items)))
         score_C = np.zeros(len(items), np.float32)
         start = max(0, len(order) - LIST_SIZE)
+        most_cut = 0
         while order:
             window = order[start : start + LIST_SIZE]
-            score_B = self._list_scores(query, [items[n] for n in window], window, instruction, seen)
+            score_B, num_cut = self._list_scores(query, [items[n] for n in window], instruction, seen)
+            most_cut = max(most_cut, num_cut)
             score_C[window] = score_B
             order[start : start + LIST_SIZE] = [window[n] for n in np.argsort(-score_B, kind="stable")]
             if start == 0:
                 break
             start = max(0, start - LIST_SIZE // 2)
+        self._say_cut(most_cut)
         return _ranked(np.array(order[:top_k], np.int64), score_C)
 
-    def _parsed(self, query: ItemLike, candidates: Sequence[ItemLike]) -> tuple[Item, list[Item]]:
-        try:
-            one = Item.parse(query)
-        except InputError as error:
-            raise InputError(f"The query: {error}") from error
-        items = []
-        for position, candidate in enumerate(candidates):
-            try:
-                items.append(Item.parse(candidate))
-            except InputError as error:
-                raise InputError(f"Candidate {position}: {error}") from error
-        return one, items
+    @staticmethod
+    def _parsed(query: ItemLike, candidates: Sequence[ItemLike]) -> tuple[Item, list[Item]]:
+        items = [_parsed(one, f"Candidate {position}") for position, one in enumerate(as_list(candidates))]
+        return _parsed(query, "The query"), items
 
     def _given(self, items: Sequence[Item], stored: Sequence[StoredTokens] | None) -> dict[Hashable, VisualTokens]:
         """Visual tokens that were stored, as the model reads them, by :meth:`_pictures`."""
@@ -314,6 +340,7 @@ class Reranker:
         for position, (item, tokens) in enumerate(zip(items, stored, strict=True)):
             if tokens is None:
                 continue
+            tokens = np.asarray(tokens)
             if len(item.images) != 1:
                 raise InputError(
                     f"Candidate {position} has {len(item.images)} pictures: visual_tokens can be given for one picture."
@@ -369,15 +396,14 @@ class Reranker:
         self,
         query: Item,
         items: Sequence[Item],
-        positions: Sequence[int],
         instruction: str | None,
         seen: dict[Hashable, VisualTokens],
-    ) -> npt.NDArray[np.float32]:
-        """P(Yes) of each candidate, float32 [C]."""
+    ) -> tuple[npt.NDArray[np.float32], int]:
+        """P(Yes) of each candidate, float32 [C], and how many texts were cut."""
         if not items:
-            return np.empty(0, np.float32)
-        P, cache = self._read_query(query, instruction, seen, listwise=False)
-        tails = self._fitting(self.formatter.tails(items, positions), P)
+            return np.empty(0, np.float32), 0
+        P, cache, num_cut = self._read_query(query, instruction, seen, listwise=False)
+        tails = self._fitting(self.formatter.tails(items), [[item] for item in items], P, seen)
         ids = [self._expand(tail, [item], seen) for tail, item in zip(tails, items, strict=True)]
         # the same candidate twice is read once
         keys = [(tail, self._pictures(item) if item.images else None) for tail, item in zip(tails, items, strict=True)]
@@ -394,23 +420,22 @@ class Reranker:
             for n, value in zip(batch, logits_B2.softmax(dim=1)[:, 0].tolist(), strict=True):
                 score[keys[n]] = value
         scores_C = np.array([score[key] for key in keys], np.float32)
-        return self._finite(scores_C)
+        return self._finite(scores_C), num_cut + sum(tail.num_cut for tail in tails)
 
     @torch.inference_mode()
     def _list_scores(
         self,
         query: Item,
         items: Sequence[Item],
-        positions: Sequence[int],
         instruction: str | None,
         seen: dict[Hashable, VisualTokens],
-    ) -> npt.NDArray[np.float32]:
-        """The probabilities of the numbers of the candidates of a list, float32 [C]."""
-        P, cache = self._read_query(query, instruction, seen, listwise=True)
-        (tail,) = self._fitting([self.formatter.list_tail(items, positions)], P)
+    ) -> tuple[npt.NDArray[np.float32], int]:
+        """The probabilities of the numbers of the candidates of a list, float32 [C], and how many texts were cut."""
+        P, cache, num_cut = self._read_query(query, instruction, seen, listwise=True)
+        (tail,) = self._fitting([self.formatter.list_tail(items)], [items], P, seen)
         ids = self._expand(tail, items, seen)
         logits_1C = self._answer([ids], [items], cache, seen, list(self.answers.numbers[: len(items)]))
-        return self._finite(logits_1C.softmax(dim=1)[0].cpu().numpy())
+        return self._finite(logits_1C.softmax(dim=1)[0].cpu().numpy()), num_cut + tail.num_cut
 
     def _finite(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if not np.isfinite(scores).all():
@@ -419,40 +444,49 @@ class Reranker:
 
     def _read_query(
         self, query: Item, instruction: str | None, seen: dict[Hashable, VisualTokens], *, listwise: bool
-    ) -> tuple[int, DynamicCache]:
-        """Tokens of the prefix, and their keys and values in all layers."""
+    ) -> tuple[int, DynamicCache, int]:
+        """Tokens of the prefix, their keys and values in all layers, and how many texts were cut."""
         prefix = self.formatter.prefix(query, instruction, listwise=listwise)
         ids = self._expand(prefix, [query], seen)
+        if len(ids) >= self.model.config.text_config.max_position_embeddings:
+            raise InputError(
+                f"The query takes {len(ids)} tokens, which leaves no room for a candidate: shorten it, or give its "
+                "pictures fewer tiles."
+            )
         # the template up to the query is the same for all queries
         opening = sum(len(run) for _, run in prefix.runs[: 1 + bool(self.settings.system_prompt.strip())])
-        if listwise not in self._openings:
+        key = listwise, self.model.device, self.model.dtype, sum(weight._version for weight in self.model.parameters())
+        if key not in self._openings:
             start: Any = DynamicCache(config=self.model.config.text_config)
             self._run([ids[:opening]], [[]], start, {})
-            self._openings[listwise] = opening, start
-        opening, start = self._openings[listwise]
-        cache = _branch(start, 1)
+            self._openings = {
+                **{one: kept for one, kept in self._openings.items() if one[1:] == key[1:]},
+                key: (opening, start),
+            }
+        opening, start = self._openings[key]
+        cache = repeated(start, 1)
         self._run([ids[opening:]], [[query]], cache, seen)
-        return len(ids), cache
+        return len(ids), cache, prefix.num_cut
 
-    def _fitting(self, tails: list[TokenizedPrompt], prefix_tokens: int) -> list[TokenizedPrompt]:
+    def _fitting(
+        self,
+        tails: list[TokenizedPrompt],
+        items: Sequence[Sequence[Item]],
+        prefix_tokens: int,
+        seen: dict[Hashable, VisualTokens],
+    ) -> list[TokenizedPrompt]:
         """The tails, of which those that no longer fit into the model have their texts cut at the end.
 
-        Says in the log how many texts were cut, for that or for ``text_max_tokens``.
+        items: the candidates of each.
         """
         room = self.model.config.text_config.max_position_embeddings - prefix_tokens
-        limit = self.formatter.settings.text_max_tokens
-        num_cut = sum(kind == "text" and len(run) >= limit for tail in tails for kind, run in tail.runs)
-        fitting = []
-        for tail in tails:
-            images = sum(kind == "image" for kind, _ in tail.runs)
-            excess = tail.num_tokens + images * self.formatter.tokenize.num_image_tokens(1) - room
-            if excess > 0:
-                tail = _shortened(tail, excess)
-                num_cut += 1
-            fitting.append(tail)
+        excess = [len(self._expand(tail, some, seen)) - room for tail, some in zip(tails, items, strict=True)]
+        return [_shortened(tail, more) if more > 0 else tail for tail, more in zip(tails, excess, strict=True)]
+
+    @staticmethod
+    def _say_cut(num_cut: int) -> None:
         if num_cut:
-            _log.warning("%d texts of %d candidates were cut to what the reranker reads.", num_cut, len(tails))
-        return fitting
+            _log.warning("%d texts were longer than the reranker reads, and were cut at their ends.", num_cut)
 
     def _expand(self, prompt: TokenizedPrompt, items: Sequence[Item], seen: dict[Hashable, VisualTokens]) -> list[int]:
         """The ids of a prompt, with as many slots for pictures as they have visual tokens."""
@@ -468,7 +502,7 @@ class Reranker:
         answers: Sequence[int],
     ) -> Tensor:
         """The logits of some words as the answer to each row, float32 [B, words]."""
-        hidden_BLD = self._run(ids, items, _branch(cache, len(ids)), seen)
+        hidden_BLD = self._run(ids, items, repeated(cache, len(ids)), seen)
         last_B = torch.tensor([len(row) - 1 for row in ids], device=hidden_BLD.device)
         hidden_BD = hidden_BLD[torch.arange(len(ids), device=hidden_BLD.device), last_B]
         head = self.model.lm_head
@@ -502,18 +536,24 @@ class Reranker:
         return hidden
 
 
+def _parsed(value: ItemLike, name: str) -> Item:
+    """The item, if it can be used; ``name`` begins the message if not."""
+    try:
+        item = Item.parse(value)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    if not item.images and not (item.text or "").strip():
+        raise InputError(f"{name} has neither text nor image: give at least one.")
+    return item
+
+
+def _check_top_k(top_k: int | None) -> None:
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k must be at least 1, got {top_k}.")
+
+
 def _ranked(order: npt.NDArray[np.integer], scores: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
     return [{"corpus_id": int(n), "score": float(scores[n])} for n in order]
-
-
-def _branch(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A cache that begins as another of one row, for so many rows; what it takes up, the other does not see."""
-    branch = copy.copy(cache)
-    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
-    branch.layers = layers
-    for layer in layers:
-        layer.keys, layer.values = (one.expand(rows, -1, -1, -1) for one in (layer.keys, layer.values))
-    return branch
 
 
 def _shortened(prompt: TokenizedPrompt, excess: int) -> TokenizedPrompt:
@@ -526,9 +566,9 @@ def _shortened(prompt: TokenizedPrompt, excess: int) -> TokenizedPrompt:
     for _ in range(excess):
         longest = max(lengths, key=lambda n: lengths[n])
         lengths[longest] -= 1
-    return TokenizedPrompt(
-        tuple((kind, run[: lengths[n]] if n in lengths else run) for n, (kind, run) in enumerate(prompt.runs))
-    )
+    runs = tuple((kind, run[: lengths[n]] if n in lengths else run) for n, (kind, run) in enumerate(prompt.runs))
+    cut = sum(len(run) < len(whole) for (_, run), (_, whole) in zip(runs, prompt.runs, strict=True))
+    return TokenizedPrompt(runs, max(prompt.num_cut, cut))
 
 
 def _key(item: Item) -> Hashable:

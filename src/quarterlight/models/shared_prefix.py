@@ -29,8 +29,9 @@ def common_prefix(input_ids_BL: Tensor, attention_mask_BL: Tensor, image_token_i
 def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
     """A cache that begins, in each of so many rows, as one of a single row; what it takes up, that one does not see."""
     branch = copy.copy(cache)
-    branch.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in branch.layers:
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    branch.layers = layers
+    for layer in layers:
         layer.keys, layer.values = (one.expand(rows, -1, -1, -1) for one in (layer.keys, layer.values))
     return branch
 

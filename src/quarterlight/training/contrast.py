@@ -400,26 +400,6 @@ class ContrastiveTrainer(WatchedTrainer):
         """Makes the inputs of the model."""
         return self.steps.encode
 
-    def _frozen(self) -> set[str]:
-        model: Any = self.model
-        names = (name for name, one in model.named_parameters() if not one.requires_grad)
-        return {name.replace("_fsdp_wrapped_module.", "") for name in names}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Leaves out what training does not change; all of it would be written every time."""
-        if frozen := self._frozen():
-            model: Any = self.model
-            state = model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: one for name, one in state.items() if name not in frozen}
-        super()._save(output_dir, state_dict)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        wrong = [*load_result.unexpected_keys, *sorted(set(load_result.missing_keys) - self._frozen())]
-        if wrong:
-            raise RecipeError(
-                f"The checkpoint in {self.args.output_dir} is of another model ({wrong[0]} differs): remove the folder."
-            )
-
 
 def _distance(embedding_BD: Tensor, wanted_BD: Tensor, readable_B: Tensor) -> Tensor:
     """1 - cosine to the teacher's embeddings, averaged over the readable rows."""

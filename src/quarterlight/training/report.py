@@ -173,7 +173,11 @@ def _loss_notes(done: Sequence[_Stage]) -> str:
 
 
 def _validation(done: Sequence[_Stage], plots: Mapping[str, str]) -> str:
-    losses = "".join(_held_out(one) for one in done if one.last("eval_loss") is not None)
+    losses = "\n".join(
+        _held_out_rows(one) if one.name == "rerank" else _held_out(one)
+        for one in done
+        if one.last("eval_loss") is not None
+    )
     scored = [one for one in done if one.precisions]
     if not scored:
         return "## Validation\n\nNo stage measured P@1 on validation tasks.\n\n" + losses
@@ -206,6 +210,30 @@ def _held_out(stage: _Stage) -> str:
         rows.append([label, *(_number(value.get(step), ".3f") for step in steps)])
     columns = [f"held-out loss of {stage.name}", *(f"step {step:,}" for step in steps)]
     return "Nats of a labelled token of held-out conversations:\n\n" + _table(columns, rows)
+
+
+def _held_out_rows(stage: _Stage) -> str:
+    """The losses of a reranker on held-out queries, and how often it is right, at each validation."""
+    steps, _ = stage.curve("eval_loss")
+    kinds = {
+        "loss of pairs": ("eval_pointwise_loss", ".3f"),
+        "loss of lists": ("eval_listwise_loss", ".3f"),
+        "right candidate before the wrong one": ("eval_pair_accuracy", ".1%"),
+        "right number of a list": ("eval_list_accuracy", ".1%"),
+    }
+    rows = []
+    for label, (key, form) in kinds.items():
+        value = dict(zip(*stage.curve(key), strict=True))
+        rows.append([label, *(_number(value.get(step), form) for step in steps)])
+    columns = [f"held-out queries of {stage.name}", *(f"step {step:,}" for step in steps)]
+    counts = _read_json(stage.folder / "rows.json")
+    said = (
+        "Of {queries:,} queries, {trained:,} are trained on ({pointwise_only:,} of them without a list, having too few "
+        "negatives), {skipped:,} have no negatives, {held_out:,} are held out or ask what those do.\n"
+    )
+    return f"Queries with judged candidates, in pairs and in lists:\n\n{_table(columns, rows)}\n" + (
+        said.format(**counts) if counts else ""
+    )
 
 
 def _mined(done: Sequence[_Stage]) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from quarterlight.data.conversations import IMAGE, Conversation, Conversations
 from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
@@ -30,12 +29,13 @@ from quarterlight.models.inputs import PlainText
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.records import ImageSource, Item
+from quarterlight.training.batches import Batches
 from quarterlight.training.collate import Pictures
 from quarterlight.training.distributed import gather_objects, rank, world_size
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
-from quarterlight.training.threads import InputThreads
 from quarterlight.training.trouble import PictureLog, stop_at
 from quarterlight.training.watched import WatchedTrainer
+from quarterlight.training.writer import Writer
 
 _GROUNDING = ("<ref>", "</ref>", "<box>", "</box>")  # InternVL's marks of phrases and boxes
 _SLICE = 1024  # labelled tokens whose scores of the whole vocabulary exist at once: 0.6 GB in float32 at 151,674 words
@@ -240,64 +240,13 @@ def _slice_loss(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden_ND).float(), labels_N, reduction="sum")
 
 
-class _Writer(nn.Module):
-    """The model as ``Trainer`` sees it.
-
-    ``Trainer`` saves a transformers model under the names of its published weights, but resumes it without translating
-    them back: the language model of an InternVL would start anew without a word.  In here it keeps its names.  A head
-    that shares the weights of the embeddings is saved as those alone, since safetensors does not save one tensor twice.
-    """
+class _Writer(Writer):
+    """The model as ``Trainer`` sees it."""
 
     accepts_loss_kwargs = True  # has Trainer count the labels of all batches of a step, on all processes
 
-    def __init__(self, model: InternVLVTCForConditionalGeneration) -> None:
-        super().__init__()
-        self.model = model
-        self._no_split_modules = model._no_split_modules  # where FSDP cuts
-        self.register_state_dict_post_hook(_leave_out_tied)
-        self.register_load_state_dict_pre_hook(_put_in_tied)
-
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         return next_token_loss(self.model, batch)
-
-
-def _leave_out_tied(writer: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in writer.model.all_tied_weights_keys:
-        state.pop(f"{prefix}model.{name}", None)
-
-
-def _put_in_tied(writer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, source in writer.model.all_tied_weights_keys.items():
-        if f"{prefix}model.{source}" in state:
-            state[f"{prefix}model.{name}"] = state[f"{prefix}model.{source}"]
-
-
-class _Batches(Dataset[dict[str, Any]]):
-    """Batches by number, so that ``Trainer`` resumes by skipping numbers; the next ones are made ahead in threads."""
-
-    def __init__(self, make: Callable[[int], dict[str, Any]], total: int, *, num_threads: int) -> None:
-        self.waited_s = 0.0
-        self._make = make
-        self._total = total
-        self._num_threads = num_threads
-        self._pool = InputThreads(max(1, num_threads))
-        self._ahead: dict[int, Future[dict[str, Any]]] = {}
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        started = time.monotonic()
-        for one in range(number, min(number + self._num_threads + 1, self._total)):
-            if one not in self._ahead:
-                self._ahead[one] = self._pool.submit(self._make, one)
-        batch = self._ahead.pop(number).result()
-        self.waited_s += time.monotonic() - started
-        return batch
-
-    def close(self) -> None:
-        """Stops working ahead."""
-        self._pool.close()
 
 
 class RestoreTrainer(WatchedTrainer):
@@ -306,7 +255,7 @@ class RestoreTrainer(WatchedTrainer):
     def __init__(
         self,
         *,
-        batches: _Batches,
+        batches: Batches,
         recipe: RestoreRecipe,
         collate: PackCollator,
         held_out: Mapping[str, list[list[Sample]]],
@@ -328,8 +277,7 @@ class RestoreTrainer(WatchedTrainer):
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The batches of this process, which is what the dataset makes: accelerate must not divide them once more."""
-        # batches of one, not of None, or Trainer could not skip those that a stopped run has done
-        return DataLoader(self.batches, batch_size=1, collate_fn=_only)
+        return self.batches.loader()
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Ends the threads when training ends, however it ends."""
@@ -382,10 +330,6 @@ class RestoreTrainer(WatchedTrainer):
         total = self.accelerator.reduce(total.to(self.args.device), "sum")
         model.train()
         return float(total[0]), max(1, int(total[1]))
-
-
-def _only(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return batches[0]
 
 
 def hold_out(
@@ -450,7 +394,7 @@ def train_restore(
     trainer = RestoreTrainer(
         model=writer,
         args=arguments,
-        batches=_Batches(make, num_steps * accumulated, num_threads=optimizer.num_workers),
+        batches=Batches(make, num_steps * accumulated, num_threads=optimizer.num_workers),
         recipe=recipe,
         collate=collate,
         held_out=hold_out(validation, tokenize, recipe) if evaluating else {},
