@@ -60,9 +60,11 @@ def judging_checkpoint(
         apart = torch.linalg.svd(rest - rest.mean(0)).Vh[0]
         apart -= (rest.mean(0) @ apart) / (hidden @ mean).mean() * mean  # so that the answers are balanced
         model.lm_head.weight.mul_(0.01)
-        # both are always the likeliest tokens by far
-        model.lm_head.weight[tokenizer.encode("yes")] = 4 * mean + 5 * apart
-        model.lm_head.weight[tokenizer.encode("no")] = 4 * mean - 5 * apart
+        # both are always the likeliest tokens by far, in either spelling
+        for spelt in ("yes", "Yes"):
+            model.lm_head.weight[tokenizer.encode(spelt)] = 40 * mean + 5 * apart
+        for spelt in ("no", "No"):
+            model.lm_head.weight[tokenizer.encode(spelt)] = 40 * mean - 5 * apart
     return save()
 
 

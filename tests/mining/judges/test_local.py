@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,9 +91,13 @@ def test_pictures_are_scaled_down(judge: TransformersJudge, pairs: list[Pair], p
     assert torch.equal(scaled, known)
 
 
-def test_a_model_that_cannot_answer_is_refused(tiny_checkpoint: Path, judging_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_answer_is_refused(judging_checkpoint: Path, tmp_path: Path) -> None:
+    letters = shutil.copytree(judging_checkpoint, tmp_path / "letters")
+    tokenizer = json.loads((letters / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (letters / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(CheckpointError, match=r"spells 'yes' in several tokens"):
-        TransformersJudge(tiny_checkpoint)
+        TransformersJudge(letters)
     with pytest.raises(CheckpointError, match=r"no model 'nothing'"):
         TransformersJudge("nothing")
     folder = shutil.copytree(judging_checkpoint, tmp_path / "other")
