@@ -41,9 +41,9 @@ def open_pair(model: str, reranker: str | None, *, device: str | None = None) ->
     """
     from quarterlight.models.embedder import Embedder
     from quarterlight.models.pair import load_pair
-    from quarterlight.models.reranker import Reranker, has_reranker
+    from quarterlight.models.reranker import Reranker, has_reranker, reranker_folder
 
-    if reranker is not None and reranker != model:
+    if reranker is not None and reranker_folder(reranker).resolve() != reranker_folder(model).resolve():
         return Embedder(model, device=device), Reranker(reranker, device=device)
     if not has_reranker(model):
         raise CheckpointError(
