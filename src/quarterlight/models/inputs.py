@@ -29,6 +29,12 @@ _tokenizing = threading.Lock()
 thread makes that."""
 
 
+def frame_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of words of our own, in which special tokens mean what they say."""
+    with _tokenizing:
+        return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """A prompt whose pictures are still single slots, because their tiles have not been counted.
@@ -121,10 +127,7 @@ class SegmentTokenizer:
         """Ids of a frame or an instruction, of which there are few."""
         if kind == "instruction":
             return self._plain([text])[0]
-        with _tokenizing:
-            return tuple(
-                self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-            )
+        return frame_ids(self.processor.tokenizer, text)
 
 
 class InputFormatter:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quarterlight.errors import CheckpointError, InputError
-from quarterlight.models.inputs import SegmentTokenizer, TokenizedPrompt
+from quarterlight.models.inputs import SegmentTokenizer, TokenizedPrompt, frame_ids
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.settings import RerankerSettings
 from quarterlight.prompts import RerankPart, RerankPrompt
@@ -34,7 +34,7 @@ class AnswerTokens:
         words = ["Yes", "No", *map(str, range(1, MAX_LIST + 1))]
         found = []
         for word in words:
-            ids = tokenizer.encode(word, add_special_tokens=False)
+            ids = frame_ids(tokenizer, word)
             if len(ids) != 1:
                 raise CheckpointError(
                     f"The tokenizer of {where} spells {word!r} in {len(ids)} tokens: a reranker answers with one, so "

@@ -25,7 +25,7 @@ from quarterlight.data.conversations import IMAGE, Conversation, Conversations
 from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
 from quarterlight.errors import ImageError, RecipeError
 from quarterlight.images import describe, image_size
-from quarterlight.models.inputs import PlainText
+from quarterlight.models.inputs import PlainText, frame_ids
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.records import ImageSource, Item
@@ -122,8 +122,8 @@ class ConversationTokenizer:
             image_ends=tuple(ends),
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return frame_ids(self.processor.tokenizer, text)
 
     def _count(self, source: ImageSource) -> int:
         """Tiles of a picture; 1 if it cannot be read, which whoever decodes it will find out."""
