@@ -251,8 +251,8 @@ def test_what_no_longer_fits_is_cut_but_never_the_template(
     longest = prefix + len(reranker._expand(tail, [item], seen))
     text = reranker.model.config.text_config
     monkeypatch.setattr(text, "max_position_embeddings", longest - 5)
-    (fitting,) = reranker._fitting([tail], [[item]], prefix, seen)
-    assert prefix + len(reranker._expand(fitting, [item], seen)) == longest - 5
+    (fitting,), (ids,) = reranker._fitting([tail], [[item]], prefix, seen)
+    assert ids == reranker._expand(fitting, [item], seen) and prefix + len(ids) == longest - 5
     assert fitting.runs[-1] == tail.runs[-1]
     with caplog.at_level(logging.WARNING):
         reranker.score(query, [item])

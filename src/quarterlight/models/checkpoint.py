@@ -416,18 +416,13 @@ def _describe(
 
 def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bool) -> None:
     """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules."""
-    package = "sentence_transformers"
     modules = {
-        "": f"{package}.base.modules.transformer.Transformer",
-        "1_Pooling": f"{package}.sentence_transformer.modules.pooling.Pooling",
-        "2_Normalize": f"{package}.base.modules.normalize.Normalize",
+        "": "sentence_transformers.base.modules.transformer.Transformer",
+        "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
     }
-    rows = [
-        {"idx": index, "name": str(index), "path": path, "type": kind}
-        for index, (path, kind) in enumerate(modules.items())
-    ]
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
-    _write_json(folder / "modules.json", rows)
+    _write_modules(folder, modules)
     _write_json(
         folder / "sentence_bert_config.json",
         {
@@ -454,19 +449,23 @@ def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bo
     )
 
 
-def _write_cross_encoder_files(folder: Path, answers: AnswerTokens, adapter: bool) -> None:
-    """What makes ``CrossEncoder(folder)`` assemble the same reranker from its stock modules."""
-    package = "sentence_transformers"
-    modules = {
-        "": f"{package}.base.modules.transformer.Transformer",
-        "1_LogitScore": f"{package}.cross_encoder.modules.logit_score.LogitScore",
-    }
+def _write_modules(folder: Path, modules: Mapping[str, str]) -> None:
+    """modules: folder of each module's settings -> its class, in the order in which they are called."""
     rows = [
         {"idx": index, "name": str(index), "path": path, "type": kind}
         for index, (path, kind) in enumerate(modules.items())
     ]
-    forward = {"method": "forward", "method_output_name": "logits"}
     _write_json(folder / "modules.json", rows)
+
+
+def _write_cross_encoder_files(folder: Path, answers: AnswerTokens, adapter: bool) -> None:
+    """What makes ``CrossEncoder(folder)`` assemble the same reranker from its stock modules."""
+    modules = {
+        "": "sentence_transformers.base.modules.transformer.Transformer",
+        "1_LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+    }
+    forward = {"method": "forward", "method_output_name": "logits"}
+    _write_modules(folder, modules)
     _write_json(
         folder / "sentence_bert_config.json",
         {

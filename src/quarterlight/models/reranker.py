@@ -206,9 +206,7 @@ class Reranker:
         visual_tokens: of each candidate with one picture, which is then not read; ``None`` for others.
         Raises InputError or ImageError, naming the position, for a candidate that cannot be used.
         """
-        query, items = self._parsed(query, candidates)
-        names = ["The query", *(f"Candidate {position}" for position in range(len(items)))]
-        seen = self._see([query, *items], names, self._given(items, visual_tokens))
+        query, items, seen = self._seen(query, candidates, visual_tokens)
         scores_C, num_cut = self._scores(query, items, instruction, seen)
         self._say_cut(num_cut)
         return scores_C
@@ -304,10 +302,8 @@ class Reranker:
         ``score`` is the probability in the last list that a candidate was in: comparable within a list only.
         Arguments and errors are as in :meth:`rank`.
         """
-        query, items = self._parsed(query, candidates)
-        names = ["The query", *(f"Candidate {position}" for position in range(len(items)))]
-        seen = self._see([query, *items], names, self._given(items, visual_tokens))
         _check_top_k(top_k)
+        query, items, seen = self._seen(query, candidates, visual_tokens)
         order = list(range(len(items)))
         score_C = np.zeros(len(items), np.float32)
         start = max(0, len(order) - LIST_SIZE)
@@ -324,10 +320,14 @@ class Reranker:
         self._say_cut(most_cut)
         return _ranked(np.array(order[:top_k], np.int64), score_C)
 
-    @staticmethod
-    def _parsed(query: ItemLike, candidates: Sequence[ItemLike]) -> tuple[Item, list[Item]]:
+    def _seen(
+        self, query: ItemLike, candidates: Sequence[ItemLike], stored: Sequence[StoredTokens] | None
+    ) -> tuple[Item, list[Item], dict[Hashable, VisualTokens]]:
+        """The query and the candidates as items, and the visual tokens of both."""
         items = [_parsed(one, f"Candidate {position}") for position, one in enumerate(as_list(candidates))]
-        return _parsed(query, "The query"), items
+        asked = _parsed(query, "The query")
+        names = ["The query", *(f"Candidate {position}" for position in range(len(items)))]
+        return asked, items, self._see([asked, *items], names, self._given(items, stored))
 
     def _given(self, items: Sequence[Item], stored: Sequence[StoredTokens] | None) -> dict[Hashable, VisualTokens]:
         """Visual tokens that were stored, as the model reads them, by :meth:`_pictures`."""
@@ -403,8 +403,7 @@ class Reranker:
         if not items:
             return np.empty(0, np.float32), 0
         P, cache, num_cut = self._read_query(query, instruction, seen, listwise=False)
-        tails = self._fitting(self.formatter.tails(items), [[item] for item in items], P, seen)
-        ids = [self._expand(tail, [item], seen) for tail, item in zip(tails, items, strict=True)]
+        tails, ids = self._fitting(self.formatter.tails(items), [[item] for item in items], P, seen)
         # the same candidate twice is read once
         keys = [(tail, self._pictures(item) if item.images else None) for tail, item in zip(tails, items, strict=True)]
         distinct = {key: n for n, key in reversed([*enumerate(keys)])}
@@ -432,9 +431,8 @@ class Reranker:
     ) -> tuple[npt.NDArray[np.float32], int]:
         """The probabilities of the numbers of the candidates of a list, float32 [C], and how many texts were cut."""
         P, cache, num_cut = self._read_query(query, instruction, seen, listwise=True)
-        (tail,) = self._fitting([self.formatter.list_tail(items)], [items], P, seen)
-        ids = self._expand(tail, items, seen)
-        logits_1C = self._answer([ids], [items], cache, seen, list(self.answers.numbers[: len(items)]))
+        (tail,), ids = self._fitting([self.formatter.list_tail(items)], [items], P, seen)
+        logits_1C = self._answer(ids, [items], cache, seen, list(self.answers.numbers[: len(items)]))
         return self._finite(logits_1C.softmax(dim=1)[0].cpu().numpy()), num_cut + tail.num_cut
 
     def _finite(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -474,14 +472,18 @@ class Reranker:
         items: Sequence[Sequence[Item]],
         prefix_tokens: int,
         seen: dict[Hashable, VisualTokens],
-    ) -> list[TokenizedPrompt]:
-        """The tails, of which those that no longer fit into the model have their texts cut at the end.
+    ) -> tuple[list[TokenizedPrompt], list[list[int]]]:
+        """The tails and their ids, of which those that no longer fit into the model have their texts cut at the end.
 
         items: the candidates of each.
         """
         room = self.model.config.text_config.max_position_embeddings - prefix_tokens
-        excess = [len(self._expand(tail, some, seen)) - room for tail, some in zip(tails, items, strict=True)]
-        return [_shortened(tail, more) if more > 0 else tail for tail, more in zip(tails, excess, strict=True)]
+        ids = [self._expand(tail, some, seen) for tail, some in zip(tails, items, strict=True)]
+        for n, one in enumerate(ids):
+            if len(one) > room:
+                tails[n] = _shortened(tails[n], len(one) - room)
+                ids[n] = self._expand(tails[n], items[n], seen)
+        return tails, ids
 
     @staticmethod
     def _say_cut(num_cut: int) -> None:

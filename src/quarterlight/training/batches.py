@@ -1,15 +1,18 @@
-"""The batches of a stage, made ahead of the model."""
+"""The batches of a stage, made ahead of the model, and the trainer that reads them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from quarterlight.training.threads import InputThreads
+from quarterlight.training.trouble import PictureLog
+from quarterlight.training.watched import WatchedTrainer
 
 
 class Batches(Dataset[dict[str, Any]]):
@@ -43,6 +46,37 @@ class Batches(Dataset[dict[str, Any]]):
     def close(self) -> None:
         """Stops working ahead."""
         self._pool.close()
+
+
+class BatchTrainer(WatchedTrainer):
+    """``Trainer`` over :class:`Batches`, which counts the pictures in them.
+
+    max_unreadable: share of the pictures above which training stops.
+    """
+
+    def __init__(self, *, batches: Batches, max_unreadable: float, **more: Any) -> None:
+        super().__init__(train_dataset=batches, **more)
+        self.batches = batches
+        self._folder = Path(str(self.args.output_dir))
+        self._pictures = PictureLog(self._folder, max_unreadable)
+        self._started = time.monotonic()
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the training time, validation aside, in which the model did not wait for its inputs."""
+        return 1 - self.batches.waited_s / max(time.monotonic() - self._started, 1e-9)
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The batches of this process, which is what the dataset makes: accelerate must not divide them once more."""
+        return self.batches.loader()
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Ends the threads when training ends, however it ends."""
+        self._started = time.monotonic()
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.batches.close()
 
 
 def _only(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:

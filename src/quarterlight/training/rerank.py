@@ -27,7 +27,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 from quarterlight.data.contrastive import TaskMixture
@@ -40,12 +39,11 @@ from quarterlight.models.rerank_inputs import MAX_LIST, AnswerTokens, RerankForm
 from quarterlight.models.settings import RerankerSettings
 from quarterlight.models.shared_prefix import repeated
 from quarterlight.records import Item
-from quarterlight.training.batches import Batches
+from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
 from quarterlight.training.distributed import gather_objects, share, world_size
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
-from quarterlight.training.trouble import PictureLog, stop_at
-from quarterlight.training.watched import WatchedTrainer
+from quarterlight.training.trouble import stop_at
 from quarterlight.training.writer import Writer
 
 _YES, _NO, _LIST = _KINDS = range(3)  # what is answered
@@ -461,7 +459,7 @@ class AnswerWriter(Writer):
         )
 
 
-class RerankTrainer(WatchedTrainer):
+class RerankTrainer(BatchTrainer):
     """``Trainer`` with the losses of pairs and lists, and both on held-out queries as its evaluation."""
 
     def __init__(
@@ -474,31 +472,10 @@ class RerankTrainer(WatchedTrainer):
         **more: Any,
     ) -> None:
         self.held_out = sampler.held_out
-        super().__init__(train_dataset=batches, eval_dataset=self.held_out, **more)
-        self.batches = batches
+        super().__init__(batches=batches, eval_dataset=self.held_out, max_unreadable=recipe.max_unreadable, **more)
         self.sampler = sampler
         self.recipe = recipe
         self.collate = collate
-        self._folder = Path(str(self.args.output_dir))
-        self._pictures = PictureLog(self._folder, recipe.max_unreadable)
-        self._started = time.monotonic()
-
-    @property
-    def utilisation(self) -> float:
-        """The share of the training time, validation aside, in which the model did not wait for its inputs."""
-        return 1 - self.batches.waited_s / max(time.monotonic() - self._started, 1e-9)
-
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The batches of this process, which is what the dataset makes: accelerate must not divide them once more."""
-        return self.batches.loader()
-
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        """Ends the threads when training ends, however it ends."""
-        self._started = time.monotonic()
-        try:
-            return super().train(*arguments, **options)
-        finally:
-            self.batches.close()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from quarterlight.data.conversations import IMAGE, Conversation, Conversations
 from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
@@ -29,12 +28,11 @@ from quarterlight.models.inputs import PlainText, frame_ids
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.records import ImageSource, Item
-from quarterlight.training.batches import Batches
+from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
 from quarterlight.training.distributed import gather_objects, rank, world_size
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
-from quarterlight.training.trouble import PictureLog, stop_at
-from quarterlight.training.watched import WatchedTrainer
+from quarterlight.training.trouble import stop_at
 from quarterlight.training.writer import Writer
 
 _GROUNDING = ("<ref>", "</ref>", "<box>", "</box>")  # InternVL's marks of phrases and boxes
@@ -249,7 +247,7 @@ class _Writer(Writer):
         return next_token_loss(self.model, batch)
 
 
-class RestoreTrainer(WatchedTrainer):
+class RestoreTrainer(BatchTrainer):
     """``Trainer`` with the next-token loss, and the same on held-out conversations as its evaluation."""
 
     def __init__(
@@ -261,31 +259,10 @@ class RestoreTrainer(WatchedTrainer):
         held_out: Mapping[str, list[list[Sample]]],
         **more: Any,
     ) -> None:
-        super().__init__(train_dataset=batches, eval_dataset=list(held_out), **more)
-        self.batches = batches
+        super().__init__(batches=batches, eval_dataset=list(held_out), max_unreadable=recipe.max_unreadable, **more)
         self.recipe = recipe
         self.collate = collate
         self.held_out = held_out
-        self._folder = Path(str(self.args.output_dir))
-        self._pictures = PictureLog(self._folder, recipe.max_unreadable)
-        self._started = time.monotonic()
-
-    @property
-    def utilisation(self) -> float:
-        """The share of the training time, validation aside, in which the model did not wait for its inputs."""
-        return 1 - self.batches.waited_s / max(time.monotonic() - self._started, 1e-9)
-
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The batches of this process, which is what the dataset makes: accelerate must not divide them once more."""
-        return self.batches.loader()
-
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        """Ends the threads when training ends, however it ends."""
-        self._started = time.monotonic()
-        try:
-            return super().train(*arguments, **options)
-        finally:
-            self.batches.close()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
