@@ -62,10 +62,11 @@ class Constant:
 
 
 class Hashing:
-    """Vectors without meaning that depend on the item alone."""
+    """Vectors without meaning that depend on the item alone: its words and the names of its files, not their folder."""
 
     def encode_query(self, items: Sequence[Item]) -> np.ndarray:
-        seeds = [int(hashlib.md5(f"{item.text} {item.images}".encode()).hexdigest()[:8], 16) for item in items]
+        keys = (f"{item.text} {[Path(str(source)).name for source in item.images]}" for item in items)
+        seeds = [int(hashlib.md5(key.encode()).hexdigest()[:8], 16) for key in keys]
         vectors = np.stack([np.random.default_rng(seed).normal(size=16) for seed in seeds])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
