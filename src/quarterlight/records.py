@@ -101,6 +101,9 @@ class Query:
 
     positives, negatives: ids of candidates; negatives are hard negatives, labelled or mined, and may be empty.
     also_relevant: ids of candidates judged relevant: never a negative of this query, and never its target in training.
+    candidates: ids of those that this query alone chooses from, in the order of the data; empty for the whole pool.
+    excluded: ids of candidates that may not be found, such as pictures that the query has shown.
+    grades: id of a positive -> how relevant it is; 1 where it is not named.
     fields: everything else the dataset says about the row (``lang``, ``text_kind``, ``change``, ...).
     """
 
@@ -109,6 +112,9 @@ class Query:
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
     also_relevant: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    grades: Mapping[str, int] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -118,3 +124,10 @@ class Candidate:
 
     did: str
     item: Item
+
+
+class Problem(NamedTuple):
+    """A query, a candidate or a row of a file that cannot be used, and why."""
+
+    id: str
+    reason: str

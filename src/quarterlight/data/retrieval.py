@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 from quarterlight.data.pictures import PictureFolder
 from quarterlight.errors import DatasetError, did_you_mean
 from quarterlight.prompts import QUERY_INSTRUCTIONS, query_instruction
-from quarterlight.records import Candidate, ImageSource, Item, Query
+from quarterlight.records import Candidate, ImageSource, Item, Problem, Query
 
 TASKS = ("t2i", "t2vd", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it")
 """The known directions, in the order in which they are listed. A dataset may name others; they come last."""
@@ -47,7 +47,9 @@ _Record = TypeVar("_Record", Query, Candidate)
 class RetrievalTask:
     """The queries of one task and split, and everything that they may find.
 
-    Every id in a query's ``positives``, ``negatives`` and ``also_relevant`` is the id of one of the candidates.
+    Every id that a query names is the id of one of the candidates.
+    revision: of the data, where it is known.
+    problems: rows of the files that are in neither list, and why.
     """
 
     dataset: str
@@ -55,6 +57,8 @@ class RetrievalTask:
     split: str
     queries: list[Query]
     candidates: list[Candidate]
+    revision: str | None = None
+    problems: tuple[Problem, ...] = ()
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ from quarterlight.errors import InputError
 from quarterlight.metrics.fusion import places
 from quarterlight.metrics.ranking import METRICS, First, Ranks, chance_ranks, first_k, rank_embeddings
 from quarterlight.models.readable import encode_readable
-from quarterlight.records import Item, Query
+from quarterlight.records import Item, Problem, Query
 
 if TYPE_CHECKING:
     from quarterlight.models.settings import RerankerSettings
@@ -50,13 +50,6 @@ class Reranker(Protocol):
 
     def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> npt.NDArray[np.float32]:
         """P(Yes) of pairs of a query and a candidate, float32 [N] in [0, 1]."""
-
-
-class Problem(NamedTuple):
-    """A query or candidate that could not be scored, and why."""
-
-    id: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
