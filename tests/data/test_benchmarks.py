@@ -274,7 +274,7 @@ def test_captions_that_do_not_come_in_fives(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="7 captions: expected 5 for each picture"):
         open_in(tmp_path, "zeroshot", "Flickr30K t2i")
     (tmp_path / "flickr_text.json").write_text('["one", "tw')
-    with pytest.raises(DatasetError, match="not valid JSON .*truncated"):
+    with pytest.raises(DatasetError, match=r"not valid JSON .*truncated"):
         open_in(tmp_path, "zeroshot", "Flickr30K t2i")
 
 
