@@ -228,7 +228,7 @@ def write_sugarcrepe(folder: Path, task: SuiteTask) -> None:
     write_pictures(folder / "images/val2017", [row["filename"] for row in rows.values()])
 
 
-def write_ccneg(folder: Path) -> None:
+def write_ccneg(folder: Path, task: SuiteTask | None = None) -> None:
     import torch
 
     annotations = [
@@ -304,7 +304,7 @@ def write_mbeir(folder: Path, split: str = "test") -> None:
 # --- Zero-shot --------------------------------------------------------------------------------------------------------
 
 
-def write_circo(folder: Path) -> None:
+def write_circo(folder: Path, task: SuiteTask | None = None) -> None:
     images = [{"id": 100 + n, "file_name": f"000000000{100 + n}.jpg"} for n in range(5)]
     write_json(folder / "annotations/image_info_unlabeled2017.json", {"images": images})
     rows = [
@@ -347,7 +347,7 @@ def write_genecis(folder: Path, task: SuiteTask) -> None:
         write_pictures(folder / f"vg/{subset}", names)
 
 
-def write_visdial(folder: Path) -> None:
+def write_visdial(folder: Path, task: SuiteTask | None = None) -> None:
     dialogs = [
         {"image_id": 7 + n, "caption": "c", "dialog": [{"question": 0, "answer": n}, {"question": 1, "answer": 1}]}
         for n in range(2)
@@ -358,7 +358,7 @@ def write_visdial(folder: Path) -> None:
     write_pictures(folder / "VisualDialog_val2018", names)
 
 
-def write_vist(folder: Path) -> None:
+def write_vist(folder: Path, task: SuiteTask | None = None) -> None:
     """Two stories of three pictures that share one; the second cannot be told for want of a picture."""
     stories = {"s1": ["1", "2", "3"], "s2": ["2", "4", "5"], "s3": ["1", "9", "2"]}
     annotations = [
@@ -370,7 +370,7 @@ def write_vist(folder: Path) -> None:
     write_pictures(folder / "images/val", ["1.jpg", "2.png", "3.gif", "4.jpg", "5.jpg"])
 
 
-def write_fashioniq_turns(folder: Path) -> None:
+def write_fashioniq_turns(folder: Path, task: SuiteTask | None = None) -> None:
     rows = [
         {"reference": [["x", ["is red", ""], "B1"], ["x", ["is longer", "has sleeves"], "B2"]], "target": ["x", "B3"]},
         {"reference": [["x", ["is blue"], "B2"]], "target": ["x", "B4"]},
@@ -394,7 +394,7 @@ def write_video(path: Path, shades: Sequence[int]) -> None:
         video.mux(stream.encode())  # type: ignore[attr-defined]
 
 
-def write_msrvtt(folder: Path) -> None:
+def write_msrvtt(folder: Path, task: SuiteTask | None = None) -> None:
     path = folder / "annotations/MSRVTT_JSFUSION_test.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -406,7 +406,7 @@ def write_msrvtt(folder: Path) -> None:
             write_video(folder / f"videos/video{n}.mp4", range(0, 240, 10))
 
 
-def write_msvd(folder: Path) -> None:
+def write_msvd(folder: Path, task: SuiteTask | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "test_list.txt").write_text("clip_a\nclip_b\n", encoding="utf-8")
     captions = {"clip_a": [["a", "cat"], ["the", "cat"]], "clip_b": [["a", "dog"]], "train": [["no"]]}
@@ -554,6 +554,10 @@ def write_classes(folder: Path) -> None:
     write_pictures(folder, ["n01/a.JPEG", "n01/b.JPEG", "n01/c.JPEG", "n02/a.JPEG"])
 
 
+def write_mbeir_train(folder: Path) -> None:
+    write_mbeir(folder, "train")
+
+
 CORPUS_WRITERS: dict[str, Callable[[Path], None]] = {
     "mmeb_train": write_mmeb_train,
     "mme5": write_mme5,
@@ -565,7 +569,7 @@ CORPUS_WRITERS: dict[str, Callable[[Path], None]] = {
     "captions": write_blip,
     "cc3m": write_cc3m,
     "classes": write_classes,
-    "mbeir": lambda folder: write_mbeir(folder, "train"),
+    "mbeir": write_mbeir_train,
 }
 """Layout of training data -> what writes it."""
 
@@ -573,14 +577,14 @@ WRITERS: dict[str, Callable[[Path, SuiteTask], None]] = {
     "beir": write_beir,
     "captions": write_captions,
     "sugarcrepe": write_sugarcrepe,
-    "ccneg": lambda folder, task: write_ccneg(folder),
-    "circo": lambda folder, task: write_circo(folder),
+    "ccneg": write_ccneg,
+    "circo": write_circo,
     "genecis": write_genecis,
-    "visdial": lambda folder, task: write_visdial(folder),
-    "vist": lambda folder, task: write_vist(folder),
-    "fashioniq_turns": lambda folder, task: write_fashioniq_turns(folder),
-    "msrvtt": lambda folder, task: write_msrvtt(folder),
-    "msvd": lambda folder, task: write_msvd(folder),
+    "visdial": write_visdial,
+    "vist": write_vist,
+    "fashioniq_turns": write_fashioniq_turns,
+    "msrvtt": write_msrvtt,
+    "msvd": write_msvd,
     "retrieval": write_retrieval,
 }
 """Loader -> what writes one dataset in its layout; MMEB and M-BEIR are written whole."""

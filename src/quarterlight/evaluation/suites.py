@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -303,9 +305,11 @@ def _unpacked_pictures(task: SuiteTask, folder: Path, archive: str, *, offline: 
         try:
             with tarfile.open(real) as file:
                 file.extractall(draft, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DatasetError(f"the archive {packed} cannot be unpacked ({error}): is it truncated?") from error
-        draft.rename(target)
+            draft.rename(target)
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if not target.is_dir():  # which another process may have made meanwhile
+                raise DatasetError(f"the archive {packed} cannot be unpacked ({error}): is it truncated?") from error
     return target
 
 
