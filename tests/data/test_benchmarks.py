@@ -180,6 +180,17 @@ def test_pictures_of_tables_are_kept_once_as_files(tmp_path: Path) -> None:
     assert LOADERS["beir"](source) == task and {path: path.stat().st_mtime_ns for path in files} == before
 
 
+def test_beir_as_mteb_copies_it(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "corpus/train-0.parquet", [{"id": "a b.jpg", "image": {"bytes": png(1), "path": None}}])
+    write_parquet(tmp_path / "queries/train-0.parquet", [{"_id": "a b.jpg-1", "text": "where?"}])
+    write_parquet(tmp_path / "data/train-0.parquet", [{"query-id": "a b.jpg-1", "corpus-id": "a b.jpg", "score": 1}])
+    (query,) = open_in(tmp_path, "visdoc", "VisRAG_ArxivQA").queries
+    assert (query.qid, query.item.text, query.positives) == ("a b.jpg-1", "where?", ("a b.jpg",))
+    write_parquet(tmp_path / "queries/train-0.parquet", [{"_id": "a b.jpg-1", "question": "where?"}])
+    with pytest.raises(DatasetError, match=r"row 1: the column 'query' is missing. Did you mean 'question'|Known"):
+        open_in(tmp_path, "visdoc", "VisRAG_ArxivQA")
+
+
 def test_beir_languages_stay(tmp_path: Path) -> None:
     name = "ViDoRe_economics_reports_v2_multilingual"
     layouts.write_beir(tmp_path, task_of("visdoc", name))

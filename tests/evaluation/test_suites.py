@@ -188,14 +188,18 @@ def test_data_that_is_not_there(suite_data: Opened, tmp_path: Path) -> None:
 def test_the_revision_is_noted_and_checked(suite_data: Opened, tmp_path: Path) -> None:
     arxivqa = task_of("visdoc", "ViDoRe_arxivqa")
     assert arxivqa.revision is not None and open_task(arxivqa, suite_data("visdoc")).revision is None
-    data = write_suite("visdoc", tmp_path)
-    note = data / arxivqa.folder / ".cache/huggingface/download/corpus/test-00000-of-00001.parquet.metadata"
-    note.parent.mkdir(parents=True)
-    note.write_text(f"{arxivqa.revision}\netag\n1.0\n")
-    assert open_task(arxivqa, data).revision == arxivqa.revision
-    note.write_text("0" * 40 + "\netag\n1.0\n")
-    with pytest.raises(DatasetError, match=f"is revision {'0' * 40} of mteb/.*pinned to {arxivqa.revision}"):
-        open_task(arxivqa, data)
+    shutil.copytree(suite_data("visdoc") / arxivqa.folder, tmp_path / "mteb/arxivqa_test_subsampled_beir")
+    note = Path(".cache/huggingface/download/corpus/test-00000-of-00001.parquet.metadata")
+    pinned = tmp_path / "mteb/arxivqa_test_subsampled_beir" / note
+    pinned.parent.mkdir(parents=True)
+    pinned.write_text(f"{arxivqa.revision}\netag\n1.0\n")
+    assert open_task(arxivqa, tmp_path).revision == arxivqa.revision
+    pinned.write_text("0" * 40 + "\netag\n1.0\n")
+    with pytest.raises(DatasetError, match=rf"is revision {'0' * 40} of mteb/.*pinned to {arxivqa.revision}"):
+        open_task(arxivqa, tmp_path)
+    # the repository that mteb has copied has commits of its own
+    (tmp_path / "mteb").rename(tmp_path / "vidore")
+    assert open_task(arxivqa, tmp_path).revision == "0" * 40
 
 
 def test_the_cache_of_the_hub_is_read_at_the_pinned_revision(
