@@ -271,7 +271,7 @@ def write_mbeir(folder: Path, split: str = "test") -> None:
                     "qid": f"{DATASETS[name]}:{base + index}",
                     "query_txt": text,
                     "query_img_path": path,
-                    "query_modality": asks,
+                    "query_modality": "text,image" if asks == "image,text" and index else asks,
                     "query_src_content": None,
                     "pos_cand_list": [pool[index]["did"]],
                     "neg_cand_list": [pool[2]["did"]] if split == "train" else [],

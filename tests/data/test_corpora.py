@@ -60,6 +60,19 @@ def test_mmeb_pictures_that_are_unpacked(tmp_path: Path) -> None:
     assert load_image(query.item.images[0]).size == (8, 8)
 
 
+def test_configs_share_a_folder_once_their_pictures_are_unpacked(tmp_path: Path) -> None:
+    convert(tmp_path, "mmeb_train", "it2t", path="OK-VQA")
+    convert(tmp_path, "mmeb_train", "t2it", path="WebQA")
+    dataset = RetrievalDataset(tmp_path / "out")
+    assert dataset.tasks("train") == ["t2it", "it2t"]
+    for name in dataset.tasks("train"):
+        task = dataset.load(name, "train")
+        assert all(load_image(image).size == (8, 8) for one in task.candidates for image in one.item.images)
+    with pytest.raises(DatasetError, match=r"pictures in .*CIRR.zip and in .*out/images, but it can have one place"):
+        convert(tmp_path, "mmeb_train", "it2i", path="CIRR")
+    assert not (tmp_path / "out/images.zip").exists()  # which would hide the others
+
+
 def test_mmeb_stray_mark(tmp_path: Path) -> None:
     task, _ = convert(tmp_path, "mmeb_train", "t2it", config="WebQA")
     assert task.queries[0].item == Item(text="who?")
@@ -187,5 +200,5 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path) -> None:
 
 def test_pictures_of_another_place_are_not_mixed_in(tmp_path: Path) -> None:
     (tmp_path / "out/images").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"out/images is there, but is not .*source"):
+    with pytest.raises(DatasetError, match=r"pictures in .*source and in .*out/images, but it can have one place"):
         convert(tmp_path, "megapairs", "it2i")

@@ -145,12 +145,12 @@ class _Pool:
 
 
 class _Pictures:
-    """Pictures as rows of the folder name them."""
+    """Pictures as rows of the folder name them: all in one place, which is ``images`` or ``images.zip``."""
 
     def __init__(self, out: Path, images: Path) -> None:
         self.out = out
         self.images = images
-        self._linked: Path | None = None
+        self._place: Path | None = None
 
     def row(self, part: Part) -> tuple[str | None, str | list[str] | None]:
         """Text and path, or paths, of a part."""
@@ -161,31 +161,33 @@ class _Pictures:
     def _path(self, picture: ImageSource) -> str:
         if isinstance(picture, bytes):
             name = hashlib.sha256(picture).hexdigest()
+            self._settle(self.out / "images", None)
             path = self.out / "images" / name[:2] / name
-            if self._linked is not None:
-                raise DatasetError(f"{self.out}: pictures lie both inside tables and in {self._linked}.")
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(picture)
             return f"{name[:2]}/{name}"
         if isinstance(picture, ArchiveMember):
-            self._link("images.zip", Path(picture.archive))
+            self._settle(self.out / "images.zip", Path(picture.archive))
             return picture.member
         path = Path(os.fspath(picture))  # type: ignore[arg-type]
         # the folder of a config may be named, whose pictures lie beside it
         root = next((one for one in (self.images, self.images.parent) if path.is_relative_to(one)), path.parent)
-        self._link("images", root)
+        self._settle(self.out / "images", root)
         return path.relative_to(root).as_posix()
 
-    def _link(self, name: str, target: Path) -> None:
-        """A link to where the pictures are, made when the first is met."""
-        if self._linked == target:
+    def _settle(self, link: Path, target: Path | None) -> None:
+        """Makes the link to where the pictures are when the first is met; without a target, the folder is our own."""
+        place = link if target is None else target
+        if self._place == place:
             return
-        if self._linked is not None:
-            raise DatasetError(f"{self.out}: pictures lie both in {self._linked} and in {target}.")
-        link = self.out / name
-        if not link.exists():
+        other = link.with_name("images" if link.suffix else "images.zip")
+        taken = link.is_symlink() if target is None else link.exists() and not link.samefile(target)
+        if self._place is not None or taken or other.exists():
+            raise DatasetError(
+                f"{self.out} would have pictures in {place} and in {self._place or (link if taken else other)}, but it "
+                "can have one place for all: choose another folder, or unpack archives into one."
+            )
+        if target is not None and not link.exists():
             link.symlink_to(target.absolute())
-        elif not link.samefile(target):
-            raise DatasetError(f"{link} is there, but is not {target}, where the pictures lie: choose another folder.")
-        self._linked = target
+        self._place = place
