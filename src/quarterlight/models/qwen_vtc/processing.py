@@ -50,8 +50,11 @@ class QwenVTCImageProcessor(PictureReader, Qwen2VLImageProcessorPil):
             ) from error
         height, width = self.tile_pixels
         canvas = np.asarray(image.resize((columns * width, rows * height), self.resample))
-        blocks = canvas.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
-        return Tiles(np.ascontiguousarray(blocks.reshape(-1, height, width, 3)), (rows, columns))
+        tiles_THW3 = np.empty((rows * columns, height, width, 3), dtype=np.uint8)
+        tiles_THW3.reshape(rows, columns, height, width, 3)[:] = canvas.reshape(
+            rows, height, columns, width, 3
+        ).swapaxes(1, 2)
+        return Tiles(tiles_THW3, (rows, columns))
 
     def blank(self, grid: Grid | None = None) -> Tiles:
         """A white picture, of one tile if nobody says."""
