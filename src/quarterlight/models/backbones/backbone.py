@@ -82,7 +82,7 @@ class Backbone(ABC):
 
     def encoder_outputs(self, config: Any, tokens: Tensor) -> dict[str, Any]:
         """Visual tokens as the model's ``mm_encoder_outputs``."""
-        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}  # type: ignore[arg-type]
+        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
 
     def place(self, model: Any, input_ids_BL: Tensor, embeds_BLD: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
         """Embeddings of words with visual tokens in the places of pictures, and what else the language model is given.
@@ -101,6 +101,7 @@ class Backbone(ABC):
             values.pop(name)
         return values
 
+    @abstractmethod
     def configure(self, config: Any, settings: Any) -> None:
         """Takes from an embedder's settings what the bare model needs to know to give the same embeddings."""
 

@@ -56,5 +56,8 @@ class InternVL(Backbone):
         total = sum(map(num_tiles, grids))
         return [[min(most_tiles, total - start)] for start in range(0, total, most_tiles)]
 
+    def configure(self, config: Any, settings: Any) -> None:
+        """Nothing: what an item may have reaches the model with the item."""
+
     def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
         return (1, 3, *config.vision_config.image_size), [1]
