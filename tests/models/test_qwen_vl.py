@@ -310,7 +310,9 @@ def test_reranker_equals_full_prompts(plain: Path, tmp_path: Path, items: list[A
                 with torch.inference_mode():
                     reranker.model.model.rope_deltas = None
                     logits = reranker.model(**inputs).logits[0, -1]
-                words = reranker.answers.numbers[: len(row)] if listwise else (reranker.answers.yes, reranker.answers.no)
+                words = (
+                    reranker.answers.numbers[: len(row)] if listwise else (reranker.answers.yes, reranker.answers.no)
+                )
                 scores = logits[list(words)].softmax(0).tolist()
                 expected += scores if listwise else scores[:1]
             if listwise:

@@ -94,6 +94,10 @@ class Backbone(ABC):
         slots = model.get_placeholder_mask(input_ids_BL, embeds_BLD, tokens)  # checks that they are as many
         return embeds_BLD.masked_scatter(slots, tokens), {}
 
+    def base_name(self, name: str) -> str:
+        """What a weight is called in a saved model without a language head, of its name in any saved model."""
+        return name
+
     def picture_settings(self, image_processor: Any) -> dict[str, Any]:
         """Settings of an image processor that change how a picture of known limits is cut."""
         values: dict[str, Any] = image_processor.to_dict()

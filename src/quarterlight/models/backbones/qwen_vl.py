@@ -76,6 +76,12 @@ class QwenVL(Backbone):
         slots, _ = model.get_placeholder_mask(input_ids_BL, embeds_BLD, tokens)  # checks that they are as many
         return embeds_BLD.masked_scatter(slots, tokens), {}
 
+    def base_name(self, name: str) -> str:
+        inner = name.removeprefix("model.")
+        if inner == name or inner.startswith(("language_model.", *(f"{one}." for one in self.eyes))):
+            return inner
+        return f"language_model.{inner}"  # as in the folders that were published first
+
     def picture_settings(self, image_processor: Any) -> dict[str, Any]:
         return super().picture_settings(image_processor) | {"min_pixels": image_processor.size["shortest_edge"]}
 
