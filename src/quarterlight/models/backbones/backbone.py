@@ -77,6 +77,11 @@ class Backbone(ABC):
         is cut, and a run that comes out larger is one picture."""
 
     @abstractmethod
+    def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
+        """Runs such that the shape of what goes through the tower with a picture never depends on other pictures, and
+        how many blank tiles must be added behind the last for it: the rounding of a product depends on its shape."""
+
+    @abstractmethod
     def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
         """Shape of ``pixel_values``, and grids, of the least that the tower can look at."""
 
@@ -119,4 +124,4 @@ class Backbone(ABC):
         base = model.base_model
         shape, grids = self.blank_pixels(model.config)
         pixels = torch.zeros(shape, device=next(base.parameters()).device)
-        return 0.0 * self.see(model, pixels, grids).sum()
+        return 0.0 * self.see(base, pixels, grids).float().sum()

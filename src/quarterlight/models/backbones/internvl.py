@@ -56,6 +56,12 @@ class InternVL(Backbone):
         total = sum(map(num_tiles, grids))
         return [[min(most_tiles, total - start)] for start in range(0, total, most_tiles)]
 
+    def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
+        """Always as many tiles together."""
+        total = sum(map(num_tiles, grids))
+        blank = -total % most_tiles
+        return [[most_tiles]] * ((total + blank) // most_tiles), blank
+
     def configure(self, config: Any, settings: Any) -> None:
         """Nothing: what an item may have reaches the model with the item."""
 

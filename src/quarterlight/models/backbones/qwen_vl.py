@@ -62,6 +62,10 @@ class QwenVL(Backbone):
             size += num_tiles(grid)
         return runs
 
+    def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
+        """Each picture alone."""
+        return [[grid] for grid in grids], 0
+
     def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
         vision = config.vision_config
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
