@@ -585,7 +585,7 @@ class _Side:
     """tokens of its text"""
     tiles: float
 
-    def tokens(self, tile_tokens: int) -> float:
+    def tokens(self, tile_tokens: float) -> float:
         """All tokens, those of its prompt included."""
         return PROMPT_TOKENS + self.text + self.tiles * tile_tokens
 

@@ -20,14 +20,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from quarterlight.errors import CheckpointError, ImageError, InputError
 from quarterlight.images import load_image
-from quarterlight.models.backbones import backbone_of
+from quarterlight.index.visual_tokens import PRECISIONS, VisualTokenStore
+from quarterlight.models.backbones import backbone_named, backbone_of
 from quarterlight.models.checkpoint import load_backbone, load_config, load_settings, save_checkpoint, save_reranker
 from quarterlight.models.compression import compress_grid, compressed_grid
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.pair import load_pair, save_pair
 from quarterlight.models.positions import Positions
-from quarterlight.models.qwen_vtc import QwenVTCImageProcessor, QwenVTCProcessor
+from quarterlight.models.qwen_vtc import Qwen2VLVTCConfig, QwenVTCImageProcessor, QwenVTCProcessor
 from quarterlight.models.reranker import Reranker
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.records import Item
@@ -323,15 +324,36 @@ def test_reranker_equals_full_prompts(plain: Path, tmp_path: Path, items: list[A
             assert np.ptp(expected) > 1e-3
 
 
-def test_visual_tokens_are_not_stored_without_their_picture(plain: Path, items: list[Any]) -> None:
-    model, processor = load_backbone(plain, language_head=True)
+def test_stored_visual_tokens_stand_in_for_pictures(plain: Path, tmp_path: Path, items: list[Any]) -> None:
+    model, processor = load_backbone(plain, visual_token_compression=2, language_head=True)
     embedder = Embedder.from_model(model, processor, EmbedderSettings())
-    rows, tokens = embedder.encode_document_with_visual_tokens(items[:3])
-    assert tokens == [None, None, None]
-    np.testing.assert_allclose(rows, embedder.encode_document(items[:3]), atol=1e-6)
     reranker = Reranker.from_model(model, processor, RerankerSettings())
-    with pytest.raises(InputError, match="Candidate 0: unsaved cannot use visual_tokens without the picture"):
-        reranker.score("x", [items[1]], visual_tokens=[np.zeros((15, 32), np.float16)])
+    chosen = [items[0], items[1], items[4]]
+    rows, tokens = embedder.encode_document_with_visual_tokens(chosen)
+    np.testing.assert_allclose(rows, embedder.encode_document(chosen), atol=1e-6)
+    assert tokens[0] is None and tokens[1] is not None and tokens[1].dtype == np.float16
+    names = ["a red apple", *(Item(image=tmp_path / "gone.png", max_tiles=most) for most in (1, 2))]  # not looked at
+    expected = reranker.score("x", chosen)
+    for precision in PRECISIONS:
+        store = VisualTokenStore.create(tmp_path / "store", "ab" * 32, precision)
+        store.add({f"{precision}{n}": one for n, one in enumerate(tokens) if one is not None})
+        found = store.get({f"{precision}1", f"{precision}2"})
+        stored = [None, found[f"{precision}1"], found[f"{precision}2"]]
+        scores = reranker.score("x", names, visual_tokens=stored)
+        np.testing.assert_allclose(scores, expected, atol={"float16": 2e-3, "int8": 5e-2}[precision])
+    with pytest.raises(InputError, match=r"Candidate 0: visual_tokens must be of shape \[1 \+ tokens"):
+        reranker.score("x", [items[1]], visual_tokens=[np.zeros((15, 33), np.float16)])
+
+
+@pytest.mark.parametrize("grid", [(1, 300), (300, 1), (15, 20), (7, 7), (40, 30)])
+def test_shapes_of_stored_tokens_survive_rounding(grid: tuple[int, int]) -> None:
+    backbone = backbone_named("qwen2_vl_vtc")
+    config = Qwen2VLVTCConfig(text_config={"hidden_size": 8, "num_hidden_layers": 1}, visual_token_compression=2)
+    count = backbone.num_rows(config, grid)
+    stored = backbone.stored(config, torch.zeros(count, 1, 8), grid)
+    scale = stored.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+    _, found = backbone.restored(config, (stored / scale).round() * scale)
+    assert compressed_grid(*found, 2) == compressed_grid(*grid, 2)
 
 
 def test_a_pair_shares_its_eyes(plain: Path, tmp_path: Path, items: list[Any]) -> None:

@@ -228,12 +228,11 @@ class Embedder:
         """As :meth:`encode_document`, and what the language model was given of the pictures of each item.
 
         The latter are the visual tokens of all tiles of all its pictures in order, float16 ``[tokens, columns]``, which
-        :class:`quarterlight.models.reranker.Reranker` takes in place of the pictures; ``None`` for an item without any,
-        and for all items where the backbone cannot do without the pictures.
+        :class:`quarterlight.models.reranker.Reranker` takes in place of the pictures; ``None`` for an item without any.
+        Of a Qwen-VL each picture's begin with a row that says how they stand.
         """
         tokens: dict[int, np.ndarray] = {}
-        kept = tokens if self._backbone.can_store_visual_tokens else None
-        rows_ND = self._encode(items, "document", instruction, None, False, kept)
+        rows_ND = self._encode(items, "document", instruction, None, False, tokens)
         return rows_ND, [tokens.get(position) for position in range(len(rows_ND))]
 
     @torch.inference_mode()
@@ -411,10 +410,11 @@ class Embedder:
             parts = self._see(pictures, seen)
             inputs["visual_tokens"] = torch.cat(parts)
             if shown is not None:
-                rest = iter(parts)
+                rest, config = iter(parts), self.model.config
                 for job in batch:
                     if job.pictures:
-                        tokens = torch.cat([next(rest).flatten(0, 1) for _ in job.pictures])
+                        kept = [self._backbone.stored(config, next(rest), one.grid) for one in job.pictures]
+                        tokens = torch.cat(kept)
                         shown[job.key] = tokens.to(torch.float16).cpu().numpy()
         settings = self.settings
         compute = embed_packed if self.packed else embed

@@ -342,29 +342,23 @@ class Reranker:
             return {}
         if len(stored) != len(items):
             raise InputError(f"Expected visual_tokens for {len(items)} candidates, got {len(stored)}.")
-        config = self.model.config
-        columns, per_tile = self._backbone.width(config), self._backbone.tokens_per_row(config)
         given = {}
         for position, (item, tokens) in enumerate(zip(items, stored, strict=True)):
             if tokens is None:
                 continue
-            if not self._backbone.can_store_visual_tokens:
-                raise InputError(
-                    f"Candidate {position}: {self.name} cannot use visual_tokens without the picture: give None."
-                )
             tokens = np.asarray(tokens)
             if len(item.images) != 1:
                 raise InputError(
                     f"Candidate {position} has {len(item.images)} pictures: visual_tokens can be given for one picture."
                 )
-            if tokens.ndim != 2 or tokens.shape[1] != columns or not len(tokens) or len(tokens) % per_tile:
-                raise InputError(
-                    f"Candidate {position}: visual_tokens must be of shape [tiles * {per_tile}, {columns}], got "
-                    f"{list(tokens.shape)}: were they made by another model?"
-                )
             tensor = torch.from_numpy(np.ascontiguousarray(tokens)).to(self.model.device, self.model.dtype)
-            one = tensor.unflatten(0, (-1, per_tile))
-            given[self._pictures(item)] = VisualTokens(one, (len(one),))
+            try:
+                one, grid = self._backbone.restored(self.model.config, tensor)
+            except ValueError as error:
+                raise InputError(
+                    f"Candidate {position}: visual_tokens {error}: were they made by another model?"
+                ) from error
+            given[self._pictures(item)] = VisualTokens(one, (grid,))
         return given
 
     def _see(

@@ -468,7 +468,8 @@ class AnswerWriter(Writer):
                 places = torch.arange(P, device=input_ids.device).expand(*position_ids.shape[:-1], -1)
                 position_ids = torch.cat([places, position_ids], dim=-1)
                 branch_BL = None if branch_BL is None else F.pad(branch_BL, (P, 0))
-            embeds_BLD, more = embed(input_ids), {}
+            embeds_BLD = embed(input_ids)
+            more: dict[str, Any] = {}
             if group["pictures"]:
                 tokens = [seen[key] if key in seen else self.known[key] for key in group["pictures"]]
                 joined = torch.cat([one.to(embeds_BLD) for one in tokens])

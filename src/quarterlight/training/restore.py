@@ -234,7 +234,8 @@ def next_token_loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """
     input_ids = batch["input_ids"]
     embeds_BLD = model.get_input_embeddings()(input_ids)
-    backbone, more = backbone_of(model.config), {}
+    backbone = backbone_of(model.config)
+    more: dict[str, Any] = {}
     tokens = visual_tokens(model.model, batch)
     if tokens is None:
         embeds_BLD = embeds_BLD + backbone.blank(model).to(embeds_BLD.dtype)

@@ -28,7 +28,7 @@ _AHEAD = 32  # pairs that are prepared while the model computes
 _CHATML = (
     "{%- for message in messages -%}{{ '<|im_start|>' ~ message.role ~ '\n' }}"
     "{%- for part in message.content -%}"
-    "{{ '@PICTURE@' if part.type == 'image' else part.text }}"
+    "{{ '<IMG_CONTEXT>' if part.type == 'image' else part.text }}"
     "{%- endfor -%}{{ '<|im_end|>\n' }}{%- endfor -%}{{ '<|im_start|>assistant\n' }}"
 )
 """How models of our families are asked, which need no torchvision when we open them: the template that lies beside our
@@ -176,7 +176,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if our_model_type(str(kind)):
         model, processor = load_backbone(folder, dtype=dtype, device=device, language_head=True)
-        return model, processor, _CHATML.replace("@PICTURE@", processor.picture)
+        return model, processor, _CHATML.replace("<IMG_CONTEXT>", processor.picture)
     auto: Any = AutoModelForImageTextToText
     try:
         model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)

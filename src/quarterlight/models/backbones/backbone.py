@@ -68,9 +68,6 @@ class Backbone(ABC):
     limits: tuple[str, ...]
     """settings of the image processor that are only what a picture may have when nobody says"""
 
-    can_store_visual_tokens = True
-    """whether visual tokens can be kept on disk and be used without the picture"""
-
     @abstractmethod
     def see(self, model: Any, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Visual tokens of pictures, ``[n, k, W]``.
@@ -128,6 +125,17 @@ class Backbone(ABC):
     @abstractmethod
     def pixels_shape(self, config: Any, grids: Sequence[Grid]) -> tuple[int, ...]:
         """Shape of the ``pixel_values`` of pictures."""
+
+    @abstractmethod
+    def stored(self, config: Any, tokens: Tensor, grid: Grid) -> Tensor:
+        """The visual tokens of a picture as they are kept without it, ``[rows, W]``."""
+
+    @abstractmethod
+    def restored(self, config: Any, stored_RW: Tensor) -> tuple[Tensor, Grid]:
+        """Of what :meth:`stored` made, and which may have been rounded, the visual tokens and a grid that has as many.
+
+        Raises ValueError, saying what is expected, for what cannot be that.
+        """
 
     def encoder_outputs(self, config: Any, tokens: Tensor) -> dict[str, Any]:
         """Visual tokens as the model's ``mm_encoder_outputs``."""

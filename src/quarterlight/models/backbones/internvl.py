@@ -84,6 +84,15 @@ class InternVL(Backbone):
     def configure(self, config: Any, settings: Any) -> None:
         """Nothing: what an item may have reaches the model with the item."""
 
+    def stored(self, config: Any, tokens: Tensor, grid: Grid) -> Tensor:
+        return tokens.flatten(0, 1)
+
+    def restored(self, config: Any, stored_RW: Tensor) -> tuple[Tensor, Grid]:
+        k, width = self.tokens_per_row(config), self.width(config)
+        if stored_RW.ndim != 2 or stored_RW.shape[1] != width or not len(stored_RW) or len(stored_RW) % k:
+            raise ValueError(f"must be of shape [tiles * {k}, {width}], got {list(stored_RW.shape)}")
+        return stored_RW.unflatten(0, (-1, k)), len(stored_RW) // k
+
     def smallest(self) -> Grid:
         return 1
 

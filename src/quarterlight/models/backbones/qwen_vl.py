@@ -31,8 +31,6 @@ class QwenVL(Backbone):
         "rope_parameters",
     )
     limits = ("size",)
-    # The stored form is a list of tokens: it does not say in how many rows they stand, which M-RoPE needs to know.
-    can_store_visual_tokens = False
 
     def see(self, model: Any, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         return self._joined(self._features(model, pixel_values, grids)).unsqueeze(1)
@@ -97,6 +95,28 @@ class QwenVL(Backbone):
     def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
         """Each picture alone."""
         return [[grid] for grid in grids], 0
+
+    def stored(self, config: Any, tokens: Tensor, grid: Grid) -> Tensor:
+        """The tokens behind a row that begins with the numbers of their rows and columns, which M-RoPE needs to know."""
+        assert not isinstance(grid, int)
+        first_1W = tokens.new_zeros(1, tokens.shape[-1])
+        first_1W[0, :2] = torch.tensor(compressed_grid(*grid, config.visual_token_compression)).to(tokens)
+        return torch.cat([first_1W, tokens.flatten(0, 1)])
+
+    def restored(self, config: Any, stored_RW: Tensor) -> tuple[Tensor, Grid]:
+        width = self.width(config)
+        if stored_RW.ndim == 2 and stored_RW.shape[1] == width and len(stored_RW) > 1:
+            count = len(stored_RW) - 1
+            rows, columns = stored_RW[0, :2].tolist()
+            # where numbers were rounded to 127 steps of the largest, it alone is exact
+            larger = max(1, round(max(rows, columns)))
+            pair = (larger, count // larger) if rows >= columns else (count // larger, larger)
+            if pair[0] * pair[1] == count:
+                s = config.visual_token_compression
+                return stored_RW[1:].unsqueeze(1), (pair[0] * s, pair[1] * s)
+        raise ValueError(
+            f"must be of shape [1 + tokens, {width}], numbers of rows and columns first, got {list(stored_RW.shape)}"
+        )
 
     def smallest(self) -> Grid:
         return 1, 1
