@@ -97,7 +97,7 @@ class QwenVL(Backbone):
         return [[grid] for grid in grids], 0
 
     def stored(self, config: Any, tokens: Tensor, grid: Grid) -> Tensor:
-        """The tokens, behind a row that begins with the numbers of their rows and columns: M-RoPE needs to know these."""
+        """The tokens, behind a row that begins with the numbers of their rows and columns, for M-RoPE."""
         assert not isinstance(grid, int)
         first_1W = tokens.new_zeros(1, tokens.shape[-1])
         first_1W[0, :2] = torch.tensor(compressed_grid(*grid, config.visual_token_compression)).to(tokens)
