@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.models.qwen import QWEN, plain_qwen
 
 from quarterlight.mining.judges import Pair
 from quarterlight.mining.judges.local import TransformersJudge
 from quarterlight.models.tokenizer import train_tokenizer
 from quarterlight.records import Candidate, Item, Query
-from tests.models.qwen import QWEN, plain_qwen
 
 
 @pytest.fixture(scope="module")
