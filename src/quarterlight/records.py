@@ -36,6 +36,7 @@ class Item:
     instruction: overrides the instruction given to the whole call; ``None`` keeps it.
     max_tiles: the most tiles a picture is cut into (a thumbnail is added to more than one): 1 for natural images,
         4 for document pages (Magic-MM-Embedding, section 5.2); ``None`` takes the checkpoint's default.
+        A backbone that does not cut pictures lets one have so many times the pixels.
     """
 
     text: str | None = None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from quarterlight.errors import CheckpointError, did_you_mean
 from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.positions import Positions
 from quarterlight.prompts import TARGET_INSTRUCTIONS, UNKNOWN_TARGET, Role, query_instruction
 
 
@@ -18,6 +19,9 @@ def default_instructions() -> dict[Role, dict[str, str]]:
         "document": dict(TARGET_INSTRUCTIONS),
     }
 
+
+MAX_PIXELS = 300 * 28 * 28
+"""Of a picture, for Qwen-VL: 300 visual tokens of 28 x 28 pixels before compression (U-MARVEL)."""
 
 _S = TypeVar("_S", bound="_Settings")
 
@@ -30,15 +34,21 @@ class _Settings:
     """name of the recipe; for people"""
     max_tiles: int = 1
     """the most tiles of a picture whose item does not say; a thumbnail is added to more than one"""
+    max_pixels: int = MAX_PIXELS
+    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles, so that a page of four tiles has four times
+    as many; 28 x 28 (Qwen3-VL: 32 x 32) are a visual token before compression"""
+    positions: Positions = Positions.MROPE
+    """for Qwen-VL: where visual tokens stand"""
     text_max_tokens: int = 512
     """tokens of an item's text above which its end is cut off; the template and the pictures are never cut"""
     system_prompt: str = ""
     """a system turn before the user's; none when empty, as in InternVL3's -hf checkpoints"""
 
     def __post_init__(self) -> None:
-        for name in ("max_tiles", "text_max_tokens"):
+        for name in ("max_tiles", "max_pixels", "text_max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        object.__setattr__(self, "positions", Positions(self.positions))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
