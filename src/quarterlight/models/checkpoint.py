@@ -47,13 +47,24 @@ from transformers.utils.import_utils import is_peft_available
 
 from quarterlight.errors import CheckpointError
 from quarterlight.models.adapter import has_adapter, merge_lora, weights_without_adapter
+from quarterlight.models.inputs import check_markers
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration, InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.masked_instruction import MASKED_INSTRUCTION
 from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.rerank_inputs import AnswerTokens
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
-from quarterlight.prompts import LABELS, Prompt, RerankPart, RerankPrompt, chat_template, rerank_chat_template
+from quarterlight.prompts import (
+    INSTRUCTION_END,
+    INSTRUCTION_START,
+    LABELS,
+    Prompt,
+    RerankPart,
+    RerankPrompt,
+    chat_template,
+    rerank_chat_template,
+)
 
 SETTINGS_FILE = "quarterlight.json"
 ADAPTER = "embedder"
@@ -156,12 +167,15 @@ def load_backbone(
     Plain ``InternVL3-*-hf`` folders load as well as our own, since compression has no weights.
     visual_token_compression: replaces the saved s.
     language_head: adds the head that writes words.  It belongs to the weights without a kept adapter of an embedder,
-        so that one is left out; without a head, and in a reranker, it is merged.
+        so that one is left out; without a head, and in a reranker, it is merged.  Words are written one after the
+        other, so attention is causal and nothing is masked, whatever the folder says of its embeddings.
     merge: ``False`` leaves every adapter out.
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
     config = load_config(folder, visual_token_compression)
+    if language_head:
+        _say(config, causal=True, masked=None)
     kind: Any = InternVLVTCForConditionalGeneration if language_head else InternVLVTCModel
     with _quietly():
         try:
@@ -250,24 +264,38 @@ def save_checkpoint(
     dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
     adapter: saves the LoRA adapter that the model has beside the weights that it was trained on.
     Raises CheckpointError when the folder exists and is not a model's, or the model lacks the head or the adapter, or
-        has an adapter that is neither merged nor to be saved.
+        has an adapter that is neither merged nor to be saved, or its tokenizer lacks markers that its prompts need.
     """
     backbone: Any = model.base_model
     if language_head and backbone is model:
         raise CheckpointError("The model has no language head to save: load it with language_head=True.")
-    causal = settings.attention is Attention.CAUSAL
+    check_markers(processor.tokenizer, settings)
+    mean = settings.pooling is PoolingMode.MEAN
     with _draft(Path(folder)) as draft:
         processor.image_processor.max_patches = settings.max_tiles
         processor.chat_template = chat_template(
-            image=processor.image_token, defaults=settings.instructions, system=settings.system_prompt
+            image=processor.image_token,
+            defaults=settings.instructions,
+            system=settings.system_prompt,
+            style=settings.prompt_style,
+            marked=settings.marked,
         )
         kept = model if language_head else backbone
-        _save_weights(draft, kept, processor, dtype=dtype, adapter=ADAPTER if adapter else None, causal=causal)
-        if settings.pooling is PoolingMode.LAST_TOKEN:  # no stock module leaves an instruction out of a mean
-            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size, adapter)
+        markers = processor.tokenizer.convert_tokens_to_ids([INSTRUCTION_START, INSTRUCTION_END]) if mean else None
+        with _saying(backbone.config, causal=settings.attention is Attention.CAUSAL, masked=markers):
+            _save_weights(draft, kept, processor, dtype=dtype, adapter=ADAPTER if adapter else None)
+        if settings.pool_frame or not mean:  # no stock module leaves the frame out of a mean
+            dimension = backbone.config.text_config.hidden_size
+            _write_sentence_transformers_files(draft, dimension, "mean" if mean else "lasttoken", adapter)
         templates: dict[str, str] = {
             role: Prompt(
-                role=role, instruction="{instruction}", num_images=1, text="{text}", system=settings.system_prompt
+                role=role,
+                instruction="{instruction}",
+                num_images=1,
+                text="{text}",
+                system=settings.system_prompt,
+                style=settings.prompt_style,
+                marked=settings.marked,
             ).render()
             for role in LABELS
         }
@@ -301,7 +329,8 @@ def save_reranker(
             image=processor.image_token, instructions=settings.instructions, system=settings.system_prompt
         )
         processor.chat_template = template
-        _save_weights(draft, model, processor, dtype=dtype, adapter=RERANKER_ADAPTER if adapter else None, causal=True)
+        with _saying(model.config, causal=True, masked=None):
+            _save_weights(draft, model, processor, dtype=dtype, adapter=RERANKER_ADAPTER if adapter else None)
         _write_cross_encoder_files(draft, answers, adapter)
         parts = (RerankPart(num_images=1, text="{text}"),)
         query = RerankPart(instruction="{instruction}", num_images=1, text="{text}")
@@ -314,6 +343,30 @@ def save_reranker(
         description = _describe("reranker", draft, model.config, settings, templates, manifest)
         _write_json(draft / SETTINGS_FILE, description | {"adapter": RERANKER_ADAPTER if adapter else None})
     return Path(folder)
+
+
+def _say(config: Any, *, causal: bool, masked: list[int] | None) -> None:
+    """Writes into the configuration of a backbone what its tokens see, and which of them a mean leaves out."""
+    for one in (config, config.text_config):  # vLLM reads the first, transformers the second
+        one.is_causal = causal
+    setattr(config, MASKED_INSTRUCTION, masked)
+
+
+@contextmanager
+def _saying(config: Any, *, causal: bool, masked: list[int] | None) -> Iterator[None]:
+    """The same for a while: a model in memory is told with every call, and may be saved as several things."""
+    # as they are, not as getattr fills them in: transformers takes an is_causal of None for False
+    before = [(one, dict(vars(one))) for one in (config, config.text_config)]
+    _say(config, causal=causal, masked=masked)
+    try:
+        yield
+    finally:
+        for one, values in before:
+            for name in ("is_causal", MASKED_INSTRUCTION):
+                if name in values:
+                    setattr(one, name, values[name])
+                elif name in vars(one):
+                    delattr(one, name)
 
 
 @contextmanager
@@ -337,7 +390,6 @@ def _save_weights(
     *,
     dtype: torch.dtype | None,
     adapter: str | None,
-    causal: bool,
 ) -> None:
     """Weights, configuration, tokenizer and processor. adapter: folder for the one that the model has."""
     backbone = model.base_model
@@ -345,8 +397,6 @@ def _save_weights(
         raise CheckpointError("The model has no LoRA adapter to save: add one with add_lora, and do not merge it.")
     if has_adapter(backbone) and not adapter:
         raise CheckpointError("The model has a LoRA adapter inside: call merge_lora first, or save with adapter=True.")
-    for config in (backbone.config, backbone.config.text_config):  # vLLM reads the first, transformers the second
-        config.is_causal = causal
     processor.agree_with(backbone.config)
     _shell(model).save_pretrained(draft, state_dict=_cast(weights_without_adapter(model), dtype))
     if dtype:
@@ -414,8 +464,11 @@ def _describe(
     }
 
 
-def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bool) -> None:
-    """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules."""
+def _write_sentence_transformers_files(folder: Path, dimension: int, pooling: str, adapter: bool) -> None:
+    """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules.
+
+    pooling: as they call it.
+    """
     modules = {
         "": "sentence_transformers.base.modules.transformer.Transformer",
         "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
@@ -436,7 +489,7 @@ def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bo
             **({"model_kwargs": {"adapter_kwargs": {"subfolder": ADAPTER}}} if adapter else {}),
         },
     )
-    _write_json(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": "lasttoken"})
+    _write_json(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": pooling})
     _write_json(folder / "2_Normalize/config.json", {})
     _write_json(
         folder / "config_sentence_transformers.json",

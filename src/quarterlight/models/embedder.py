@@ -162,14 +162,17 @@ class Embedder:
         """SHA-256, in hex, of the weights and all else that changes an embedding; device and dtype, which change it by
         rounding only, are left out. Reads all weights the first time."""
         weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
-        settings = self.settings.to_dict()
-        settings.pop("method")
         image_processor = self.processor.image_processor.to_dict()
         image_processor.pop("max_patches")
         recipe = {
             "weights": weights_hash(weights),
-            "settings": settings,
-            "template": chat_template(image=self.processor.image_token, defaults=self.settings.instructions),
+            "settings": self.settings.what_matters(),
+            "template": chat_template(
+                image=self.processor.image_token,
+                defaults=self.settings.instructions,
+                style=self.settings.prompt_style,
+                marked=self.settings.marked,
+            ),
             "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
             "image_processor": image_processor,
             "visual_token_compression": self.model.config.visual_token_compression,

@@ -53,7 +53,8 @@ def embed(model: nn.Module, inputs: Mapping[str, Any], *, pooling: PoolingMode, 
     """
     inputs = dict(inputs)
     attention_mask, instruction_mask = inputs.pop("attention_mask"), inputs.pop("instruction_mask")
+    inputs["is_causal"] = attention is Attention.CAUSAL  # whatever the configuration says
     if attention is Attention.BIDIRECTIONAL:
-        inputs.update(attention_mask=attention_mask, is_causal=False)
+        inputs["attention_mask"] = attention_mask
     hidden_BLD = model(**inputs, use_cache=False).last_hidden_state
     return nn.functional.normalize(pool(hidden_BLD, attention_mask, instruction_mask, pooling), dim=-1)

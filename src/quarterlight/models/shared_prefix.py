@@ -53,10 +53,10 @@ def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     cache: Any = None
     if P:
         alone: Any = DynamicCache(config=model.config.text_config)
-        model.language_model(inputs_embeds=embeds[:1, :P], past_key_values=alone, use_cache=True)
+        model.language_model(inputs_embeds=embeds[:1, :P], past_key_values=alone, use_cache=True, is_causal=True)
         cache = repeated(alone, len(embeds))
     hidden_BLD = model.language_model(
-        inputs_embeds=embeds[:, P:], past_key_values=cache, use_cache=P > 0
+        inputs_embeds=embeds[:, P:], past_key_values=cache, use_cache=P > 0, is_causal=True
     ).last_hidden_state
     pooled = pool(hidden_BLD, mask[:, P:], torch.zeros_like(mask[:, P:]), PoolingMode.LAST_TOKEN)
     return nn.functional.normalize(pooled, dim=-1)
