@@ -91,7 +91,7 @@ def test_golden_with_system_prompt() -> None:
     ],
 )
 def test_golden_u_marvel(parts: dict[str, Any], golden: str) -> None:
-    """The released code's, with one exception: it puts a blank where a query has an instruction and no text but quotes."""
+    """As the released code has them."""
     prompt = Prompt(**parts, system="You are a helpful assistant.", style=PromptStyle.U_MARVEL)
     assert prompt.render() == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

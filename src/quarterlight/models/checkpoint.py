@@ -14,7 +14,11 @@ under the path that the adapter names, which breaks when a folder is moved; so o
 ``sentence_bert_config.json`` says so (``adapter_kwargs``).  Bare transformers need the same hint:
 ``AutoModel.from_pretrained(folder, adapter_kwargs={"subfolder": "embedder"})``; without it they open the base.
 
-What sentence-transformers cannot do for us: it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
+The configuration of a bidirectional model says so where transformers looks, and that of a model with mean pooling has
+the markers of the instruction, whose hidden states then are zero: see :mod:`quarterlight.models.masked_instruction`.
+
+What sentence-transformers cannot do for us: it leaves the instruction out of a mean but not the frame (such a model is
+saved without the files of the second line); it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
 of a call (``processing_kwargs={"image": {"max_patches": 4}}``), not of an item, and does not change the instruction; a
 string that is the path or URL of a picture is taken for that picture.  Special tokens in texts are plain text there too
 (our processor's ``apply_chat_template``).

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 MASKED_INSTRUCTION = "masked_instruction"
-"""Name, in the configuration of a backbone, of the ids of the markers [start, end]; absent or ``None`` masks nothing."""
+"""Where the configuration of a backbone has the ids of the markers, [start, end]; absent or ``None`` masks nothing."""
 
 
 def instruction_span(input_ids_BL: Tensor, start: int, end: int) -> Tensor:

@@ -97,8 +97,8 @@ def with_markers(model: Any, tokenizer: Any, *, seed: int) -> None:
     if present := [one for one in MARKERS if one in known]:
         if len(present) < len(MARKERS):
             raise CheckpointError(
-                f"The tokenizer has {', '.join(present)} but not all of {', '.join(MARKERS)}: it was made for something "
-                "else, and its model cannot be given the others."
+                f"The tokenizer has {', '.join(present)} but not all of {', '.join(MARKERS)}: it was made for "
+                "something else, and its model cannot be given the others."
             )
         return
     tokenizer.add_tokens([AddedToken(one, special=True, normalized=False) for one in MARKERS], special_tokens=True)
