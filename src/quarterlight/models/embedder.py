@@ -37,7 +37,9 @@ from quarterlight.models.checkpoint import (
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.pooling import embed
+from quarterlight.models.presets import preset_of
 from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import Role, chat_template
 from quarterlight.records import ArchiveMember, ImageSource, Item, ItemLike
 
@@ -66,6 +68,7 @@ class Embedder:
     """
 
     _folder: Path | None = None  # of a model in memory
+    _marker_seed: int | None = None  # of rows that the folder does not have
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Embedder:
         truncate_dim: int | None = None,
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
+        preset: str | None = None,
     ) -> None:
         """
         model: a bundled name, a folder or a hub id.
@@ -85,7 +89,9 @@ class Embedder:
         truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
         tokens_per_batch: visual and text tokens, padding included, that go through the language model at once.
         num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
-        Raises CheckpointError when there is no such model, InputError for an impossible ``truncate_dim``.
+        preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released; ``None``
+            finds it by the name of the model, where that has one.
+        Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -95,9 +101,13 @@ class Embedder:
             dtype=dtype or best_dtype(place),
             device=place,
         )
-        self._assemble(
-            backbone, processor, load_settings(folder), str(model), truncate_dim, tokens_per_batch, num_workers
-        )
+        settings = load_settings(folder)
+        if released := preset_of(model, folder, preset):
+            settings = released.settings
+            if released.marker_seed is not None:
+                with_markers(backbone, processor.tokenizer, seed=released.marker_seed)
+                self._marker_seed = released.marker_seed
+        self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers)
         self._folder = folder
 
     @classmethod
@@ -180,6 +190,8 @@ class Embedder:
         }
         if self._folder and (adapter := saved_adapter(self._folder)):
             recipe["adapter"] = adapter
+        if self._marker_seed is not None:
+            recipe["marker_seed"] = self._marker_seed
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property

@@ -86,7 +86,7 @@ def with_words(bpe: Tokenizer, words: Sequence[str]) -> Tokenizer:
 def with_markers(model: Any, tokenizer: Any, *, seed: int) -> None:
     """Adds :data:`~quarterlight.prompts.MARKERS` to a tokenizer, and their embeddings to its model.
 
-    Both are changed in place, once: what has the markers stays as it is.  Save the model afterwards, and they come with
+    Both are changed in place, once: what has the markers and rows for them stays as it is.  Save the model afterwards, and they come with
     it; loading never adds any.  A published matrix has often more rows than its tokenizer has words: the markers take
     the first of these, and the matrix only grows where it has none left.
     model: with or without a language head, and before LoRA.  seed: decides the rows, which are drawn as those of a new
@@ -100,10 +100,13 @@ def with_markers(model: Any, tokenizer: Any, *, seed: int) -> None:
                 f"The tokenizer has {', '.join(present)} but not all of {', '.join(MARKERS)}: it was made for "
                 "something else, and its model cannot be given the others."
             )
-        return
-    tokenizer.add_tokens([AddedToken(one, special=True, normalized=False) for one in MARKERS], special_tokens=True)
+    else:
+        added = [AddedToken(one, special=True, normalized=False) for one in MARKERS]
+        tokenizer.add_tokens(added, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(MARKERS))
     rows = model.get_input_embeddings().num_embeddings
+    if present and max(ids) < rows:
+        return
     if max(ids) >= rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     text: Any = model.config.get_text_config()
