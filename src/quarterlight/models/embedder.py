@@ -89,8 +89,8 @@ class Embedder:
         truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
         tokens_per_batch: visual and text tokens, padding included, that go through the language model at once.
         num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
-        preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released; ``None``
-            finds it by the name of the model, where that has one.
+        preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
+            ``None`` finds it by the name of the model, where that has one.
         Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)

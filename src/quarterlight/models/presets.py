@@ -2,8 +2,8 @@
 
 The embedders of U-MARVEL (arXiv:2507.14902; code at github.com/chaxjli/U-MARVEL) are published as folders of a plain
 Qwen-VL.  What makes embedders of them is in the code that trained them: attention, pooling, prompts, and three special
-tokens that it adds whenever it loads a model, with embeddings drawn anew each time.  Here they are drawn from a seed, so
-that a query has the same embedding tomorrow.
+tokens that it adds whenever it loads a model, with embeddings drawn anew each time.  Here they are drawn from a seed,
+so that a query has the same embedding tomorrow.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def preset_of(model: str | os.PathLike[str], folder: Path, name: str | None = None) -> Preset | None:
-    """The preset of a model: the one of that name, or the one whose hub id, or the last part of it, the model is called.
+    """The preset of a model: the one of that name, or the one whose hub id ends as the model's name does.
 
     model: as it was asked for, a hub id or a folder.  folder: where it is.  Any other model has none, nor has one that
     this package saved, under whatever name, because its folder says all.

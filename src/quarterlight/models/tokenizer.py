@@ -86,9 +86,9 @@ def with_words(bpe: Tokenizer, words: Sequence[str]) -> Tokenizer:
 def with_markers(model: Any, tokenizer: Any, *, seed: int) -> None:
     """Adds :data:`~quarterlight.prompts.MARKERS` to a tokenizer, and their embeddings to its model.
 
-    Both are changed in place, once: what has the markers and rows for them stays as it is.  Save the model afterwards, and they come with
-    it; loading never adds any.  A published matrix has often more rows than its tokenizer has words: the markers take
-    the first of these, and the matrix only grows where it has none left.
+    Both are changed in place, once: what has the markers, and rows for them, stays as it is.  Save the model
+    afterwards, and they come with it; loading never adds any.  A published matrix has often more rows than its
+    tokenizer has words: the markers take the first of these, and the matrix only grows where it has none left.
     model: with or without a language head, and before LoRA.  seed: decides the rows, which are drawn as those of a new
     model are, from a normal distribution with ``initializer_range`` as its standard deviation, in float32.
     Raises CheckpointError for a tokenizer that has some of the markers only.
