@@ -1,4 +1,4 @@
-"""Teaches transformers' Auto classes the model type ``internvl_vtc``, without importing transformers.
+"""Teaches transformers' Auto classes our model types, without importing transformers.
 
 ``import quarterlight; SentenceTransformer(path)`` has to work, in either order of imports, and ``quarterlight --help``
 must not pay for torch.  If transformers is there already, its public ``register`` functions are called.  If not, rows
@@ -17,46 +17,54 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from quarterlight.models import internvl_vtc
-
-MODEL_TYPE = "internvl_vtc"
+from quarterlight.models.backbones import FAMILIES, Family
 
 _AUTO = "transformers.models.auto."
-_TABLES: dict[str, dict[str, Any]] = {
-    _AUTO + "configuration_auto": {"CONFIG_MAPPING_NAMES": "InternVLVTCConfig"},
-    _AUTO + "modeling_auto": {
-        "MODEL_MAPPING_NAMES": "InternVLVTCModel",
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "InternVLVTCForConditionalGeneration",
-        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "InternVLVTCForConditionalGeneration",
-    },
-    _AUTO + "image_processing_auto": {"IMAGE_PROCESSOR_MAPPING_NAMES": {"pil": "InternVLVTCImageProcessor"}},
-    _AUTO + "processing_auto": {"PROCESSOR_MAPPING_NAMES": "InternVLVTCProcessor"},
-}
-"""Module -> its tables -> the row of our model type."""
+
+
+def _tables(family: Family) -> dict[str, dict[str, Any]]:
+    """Module of transformers -> its tables -> the row of a family."""
+    return {
+        _AUTO + "configuration_auto": {"CONFIG_MAPPING_NAMES": family.config},
+        _AUTO + "modeling_auto": {
+            "MODEL_MAPPING_NAMES": family.model,
+            "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": family.generation,
+            "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": family.generation,
+        },
+        _AUTO + "image_processing_auto": {"IMAGE_PROCESSOR_MAPPING_NAMES": {"pil": family.image_processor}},
+        _AUTO + "processing_auto": {"PROCESSOR_MAPPING_NAMES": family.processor},
+    }
+
+
+_TABLES = {model_type: _tables(family) for model_type, family in FAMILIES.items()}
+"""Model type -> its rows."""
+
+_MODULES = frozenset(module for tables in _TABLES.values() for module in tables)
 
 
 def register() -> None:
     """Registers our classes now or, if transformers has not been imported, when it is. May be called again."""
     if _AUTO + "configuration_auto" in sys.modules:
-        _register_now()
+        for model_type, family in FAMILIES.items():
+            _register_now(model_type, family)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.modules["transformers.models." + MODEL_TYPE] = internvl_vtc
+        for model_type, family in FAMILIES.items():
+            sys.modules["transformers.models." + model_type] = family.module()
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _register_now() -> None:
+def _register_now(model_type: str, family: Family) -> None:
     import transformers
 
-    config = internvl_vtc.InternVLVTCConfig
-    generation = internvl_vtc.InternVLVTCForConditionalGeneration
-    transformers.AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
-    transformers.AutoModel.register(config, internvl_vtc.InternVLVTCModel, exist_ok=True)
+    config, generation = family.load(family.config), family.load(family.generation)
+    transformers.AutoConfig.register(model_type, config, exist_ok=True)
+    transformers.AutoModel.register(config, family.load(family.model), exist_ok=True)
     transformers.AutoModelForImageTextToText.register(config, generation, exist_ok=True)
     transformers.AutoModelForMultimodalLM.register(config, generation, exist_ok=True)
     transformers.AutoImageProcessor.register(
-        config, image_processor_classes={"pil": internvl_vtc.InternVLVTCImageProcessor}, exist_ok=True
+        config, image_processor_classes={"pil": family.load(family.image_processor)}, exist_ok=True
     )
-    transformers.AutoProcessor.register(config, internvl_vtc.InternVLVTCProcessor, exist_ok=True)
+    transformers.AutoProcessor.register(config, family.load(family.processor), exist_ok=True)
 
 
 class _AfterImport(MetaPathFinder, Loader):
@@ -68,7 +76,7 @@ class _AfterImport(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _TABLES or fullname in self._loaders:
+        if fullname not in _MODULES or fullname in self._loaders:
             return None
         self._loaders[fullname] = None  # the search on the next line comes past here again
         spec = importlib.util.find_spec(fullname)
@@ -85,5 +93,6 @@ class _AfterImport(MetaPathFinder, Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loaders[spec.name]
         spec.loader.exec_module(module)
-        for table, row in _TABLES[spec.name].items():
-            getattr(module, table)[MODEL_TYPE] = row
+        for model_type, tables in _TABLES.items():
+            for table, row in tables[spec.name].items():
+                getattr(module, table)[model_type] = row

@@ -22,7 +22,10 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.masked_instruction import instruction_span
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import MARKERS, PromptStyle
+
+from tests.models.qwen import QWEN, plain_qwen
 
 Pictures = Callable[..., Image.Image]
 Marked = tuple[Any, Any]
@@ -76,6 +79,42 @@ def test_sentence_transformers_gives_the_same_vectors(
         ("bare", theirs.encode(items), ours.encode_document(items)),
     ):
         np.testing.assert_allclose(vectors, wanted, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module", params=QWEN)
+def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Marked:
+    """Another family, as it comes from the hub, with the markers added."""
+    model, processor = load_backbone(plain_qwen(request.param, tmp_path_factory.mktemp("qwen") / "m", tokenizer))
+    with_markers(model, processor.tokenizer, seed=3)
+    return model, processor
+
+
+@pytest.mark.parametrize(
+    ("pooling", "attention", "style", "positions"),
+    [
+        ("mean", "bidirectional", "u_marvel", "sequential"),
+        ("mean", "bidirectional", "u_marvel", "mrope"),
+        ("mean", "causal", "magic", "mrope"),
+        ("last_token", "causal", "magic", "mrope"),
+        ("last_token", "bidirectional", "magic", "sequential"),
+    ],
+)
+def test_qwen_gives_the_same_vectors(qwen: Marked, picture: Pictures, tmp_path: Path, pooling: Any, attention: Any, style: Any, positions: Any) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    settings = EmbedderSettings(pooling=pooling, attention=attention, prompt_style=style, positions=positions, max_pixels=24*64)
+    items = ["a red apple", picture(0, 40, 24), {"text": "sliced", "image": picture(1, 32, 48)}, "<instruction_end> x"]
+    folder = save_checkpoint(tmp_path / "m", *qwen, settings)
+    ours = Embedder(folder, dtype=torch.float32, device="cpu")
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    expected = ours.encode_query(items)
+    assert (expected @ expected.T - np.eye(len(items))).max() < 0.9999
+    alone = np.concatenate([ours.encode_query(item) for item in items])
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
+    packed = Embedder(folder, dtype=torch.float32, device="cpu", packed=True)
+    np.testing.assert_allclose(packed.encode_query(items), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(theirs.encode_query(items), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(theirs.encode_query(items, batch_size=1), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(theirs.encode_document(items), ours.encode_document(items), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("saved", KINDS)

@@ -294,7 +294,7 @@ def test_weights_that_change_are_seen(folder: Path) -> None:
 def test_windows_hold_so_many_visual_tokens(
     reranker: Reranker, picture: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reranker_module, "TOKEN_CACHE_BYTES", 3 * 4 * 32 * 4 * 2)  # three pictures of at most two tiles
+    monkeypatch.setattr(reranker_module, "TOKEN_CACHE_BYTES", 3 * 4 * 32 * 4)  # three pictures of one tile
     items = [Item(image=picture(n)) for n in range(4)]
     windows = list(reranker._windows([[0, 1], [2], [3], []], items))
     assert windows == [[[0, 1], [2]], [[3], []]]

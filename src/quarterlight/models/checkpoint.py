@@ -45,18 +45,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.internvl.configuration_internvl import InternVLConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_peft_available
 
 from quarterlight.errors import CheckpointError
 from quarterlight.models.adapter import has_adapter, merge_lora, weights_without_adapter
+from quarterlight.models.backbones import FAMILIES, backbone_of, family_of, model_type_of
 from quarterlight.models.inputs import check_markers
-from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
-from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration, InternVLVTCModel
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.masked_instruction import MASKED_INSTRUCTION
 from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.rerank_inputs import AnswerTokens
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.prompts import (
@@ -79,19 +77,6 @@ RERANKER = "reranker"
 
 RERANKER_ADAPTER = "adapter"
 """Folder, in that of a reranker, of the adapter that makes a reranker of the weights."""
-
-VISION = ("vision_tower.", "multi_modal_projector.")
-"""How the names of weights begin, after the name of the model, that are the eyes of embedder and reranker."""
-
-_CONNECTOR = (
-    "visual_token_compression",
-    "downsample_ratio",
-    "projector_hidden_act",
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-)
-_TOWER = ("num_attention_heads", "hidden_act", "layer_norm_eps", "norm_type", "use_qk_norm", "image_size", "patch_size")
-"""Settings that change visual tokens and are not seen in the shapes of weights."""
 
 PEFT_PREFIX = "base_model.model."
 """Of the names in adapter files, for those who wrap a model rather than change it."""
@@ -136,8 +121,8 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def load_config(folder: Path, visual_token_compression: int | None = None) -> InternVLVTCConfig:
-    """The configuration of an InternVL or InternVL3-VTC folder, with s replaced if one is given.
+def load_config(folder: Path, visual_token_compression: int | None = None) -> Any:
+    """The configuration, with compression, of a folder of a known family, with s replaced if one is given.
 
     Raises CheckpointError for another kind of model or an impossible s.
     """
@@ -145,14 +130,17 @@ def load_config(folder: Path, visual_token_compression: int | None = None) -> In
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no readable config.json: {error}") from error
-    if not isinstance(config, InternVLConfig):
-        raise CheckpointError(f"{folder} holds a {config.model_type!r} model: expected an InternVL in its -hf form.")
+    model_type = model_type_of(config)
+    if model_type is None:
+        titles = ", ".join(family.title for family in FAMILIES.values())
+        raise CheckpointError(f"{folder} holds a {config.model_type!r} model: expected an {titles}.")
     values = config.to_dict()
     values.pop("model_type")
     if visual_token_compression is not None:
         values["visual_token_compression"] = visual_token_compression
+    family = FAMILIES[model_type]
     try:
-        return InternVLVTCConfig.from_dict(values)
+        return family.load(family.config).from_dict(values)
     except ValueError as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
 
@@ -165,10 +153,10 @@ def load_backbone(
     device: str | torch.device = "cpu",
     language_head: bool = False,
     merge: bool = True,
-) -> tuple[Any, InternVLVTCProcessor]:
+) -> tuple[Any, VTCProcessor]:
     """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
 
-    Plain ``InternVL3-*-hf`` folders load as well as our own, since compression has no weights.
+    Plain folders (``InternVL3-*-hf``, ``Qwen2-VL-*``, ...) load as well as our own: compression has no weights.
     visual_token_compression: replaces the saved s.
     language_head: adds the head that writes words.  It belongs to the weights without a kept adapter of an embedder,
         so that one is left out; without a head, and in a reranker, it is merged.  Words are written one after the
@@ -180,7 +168,8 @@ def load_backbone(
     config = load_config(folder, visual_token_compression)
     if language_head:
         _say(config, causal=True, masked=None)
-    kind: Any = InternVLVTCForConditionalGeneration if language_head else InternVLVTCModel
+    family = family_of(config)
+    kind = family.load(family.generation if language_head else family.model)
     with _quietly():
         try:
             model, report = kind.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
@@ -189,13 +178,20 @@ def load_backbone(
             if merge and description.get("adapter") and (not language_head or description["kind"] == "reranker"):
                 missing |= load_adapter(model.base_model, folder / description["adapter"])
                 merge_lora(model)
-            processor = InternVLVTCProcessor.from_pretrained(folder)
+            processor = load_processor(folder, config)
             processor.agree_with(config)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them.")
     return model.to(device).eval(), processor
+
+
+def load_processor(folder: Path, config: Any = None) -> VTCProcessor:
+    """The processor of a folder. config: that of its model, if it has been read."""
+    family = family_of(load_config(folder) if config is None else config)
+    processor: VTCProcessor = family.load(family.processor).from_pretrained(folder)
+    return processor
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -254,7 +250,7 @@ def load_reranker_settings(folder: Path) -> RerankerSettings:
 def save_checkpoint(
     folder: str | os.PathLike[str],
     model: PreTrainedModel,
-    processor: InternVLVTCProcessor,
+    processor: VTCProcessor,
     settings: EmbedderSettings,
     *,
     dtype: torch.dtype | None = None,
@@ -264,7 +260,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes an embedder's folder under a temporary name and renames it; an older checkpoint there is replaced.
 
-    model: an ``InternVLVTCModel``, or one with a language head, which is left out unless ``language_head`` is set.
+    model: of one of the families; a language head, if it has one, is left out unless ``language_head`` is set.
     dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
     adapter: saves the LoRA adapter that the model has beside the weights that it was trained on.
     Raises CheckpointError when the folder exists and is not a model's, or the model lacks the head or the adapter, or
@@ -276,9 +272,10 @@ def save_checkpoint(
     check_markers(processor.tokenizer, settings)
     mean = settings.pooling is PoolingMode.MEAN
     with _draft(Path(folder)) as draft:
-        processor.image_processor.max_patches = settings.max_tiles
+        processor.image_processor.set_limits(settings.max_tiles, settings.max_pixels)
+        backbone_of(backbone.config).configure(backbone.config, settings)
         processor.chat_template = chat_template(
-            image=processor.image_token,
+            image=processor.picture,
             defaults=settings.instructions,
             system=settings.system_prompt,
             style=settings.prompt_style,
@@ -312,7 +309,7 @@ def save_checkpoint(
 def save_reranker(
     folder: str | os.PathLike[str],
     model: PreTrainedModel,
-    processor: InternVLVTCProcessor,
+    processor: VTCProcessor,
     settings: RerankerSettings,
     *,
     dtype: torch.dtype | None = None,
@@ -321,16 +318,17 @@ def save_reranker(
 ) -> Path:
     """Writes a reranker's folder, which ``CrossEncoder(folder)`` opens, as :func:`save_checkpoint` does an embedder's.
 
-    model: an ``InternVLVTCForConditionalGeneration``.  The other arguments and errors are as there.
+    model: with a language head.  The other arguments and errors are as there.
     Raises CheckpointError also when the tokenizer spells an answer in several tokens.
     """
     if model.base_model is model:
         raise CheckpointError("The model has no language head, with which a reranker answers.")
     answers = AnswerTokens.of(processor.tokenizer, folder)
     with _draft(Path(folder)) as draft:
-        processor.image_processor.max_patches = settings.max_tiles
+        processor.image_processor.set_limits(settings.max_tiles, settings.max_pixels)
+        backbone_of(model.config).configure(model.config, settings)
         template = rerank_chat_template(
-            image=processor.image_token, instructions=settings.instructions, system=settings.system_prompt
+            image=processor.picture, instructions=settings.instructions, system=settings.system_prompt
         )
         processor.chat_template = template
         with _saying(model.config, causal=True, masked=None):
@@ -390,7 +388,7 @@ def _draft(target: Path) -> Iterator[Path]:
 def _save_weights(
     draft: Path,
     model: Any,
-    processor: InternVLVTCProcessor,
+    processor: VTCProcessor,
     *,
     dtype: torch.dtype | None,
     adapter: str | None,
@@ -460,12 +458,17 @@ def _describe(
         "kind": kind,
         "dimension": config.text_config.hidden_size,
         "visual_token_compression": config.visual_token_compression,
-        "tokens_per_tile": config.image_seq_length,
+        "tokens_per_tile": _whole(backbone_of(config).tokens_per_tile(config)),
         "settings": settings.to_dict(),
         "templates": dict(templates),
         "weights_hash": weights_hash(saved_tensors(draft)),
         "manifest": dict(manifest or {}),
     }
+
+
+def _whole(number: float) -> float:
+    """The number, without a point if it needs none."""
+    return int(number) if number == int(number) else number
 
 
 def _write_sentence_transformers_files(folder: Path, dimension: int, pooling: str, adapter: bool) -> None:
@@ -595,21 +598,26 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def vision_hash(folder: Path | None, model: Any, processor: InternVLVTCProcessor) -> str:
+def eye_names(config: Any) -> tuple[str, ...]:
+    """How the names of weights begin, after the name of the model, that are the eyes of embedder and reranker."""
+    return tuple(f"{name}." for name in backbone_of(config).eyes)
+
+
+def vision_hash(folder: Path | None, model: Any, processor: VTCProcessor) -> str:
     """SHA-256, in hex, of all that changes a visual token: vision tower, connector, s, and how pictures become tiles.
 
     folder: of the saved weights; ``None`` takes those of the model in memory, whose dtype then counts.
     """
-    weights = saved_tensors(folder, VISION) if folder else sorted(model.base_model.state_dict().items())
-    eyes = {"".join(name.partition(part)[1:]): one for name, one in weights for part in VISION if part in name}
-    image_processor = processor.image_processor.to_dict()
-    image_processor.pop("max_patches")  # of the model; an item says its own
     config = model.config
+    backbone = backbone_of(config)
+    parts = eye_names(config)
+    weights = saved_tensors(folder, parts) if folder else sorted(model.base_model.state_dict().items())
+    eyes = {"".join(name.partition(part)[1:]): one for name, one in weights for part in parts if part in name}
     recipe = {
         "weights": weights_hash(sorted(eyes.items())),
-        "image_processor": image_processor,
-        "connector": {name: getattr(config, name, None) for name in _CONNECTOR},
-        "vision_config": {name: getattr(config.vision_config, name, None) for name in _TOWER},
+        "image_processor": backbone.picture_settings(processor.image_processor),
+        "connector": {name: getattr(config, name, None) for name in backbone.connector_settings},
+        "vision_config": {name: getattr(config.vision_config, name, None) for name in backbone.tower_settings},
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from quarterlight.errors import CheckpointError, ImageError, InputError
-from quarterlight.images import load_image
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import (
     load_backbone,
     load_settings,
@@ -35,10 +34,12 @@ from quarterlight.models.checkpoint import (
     weights_hash,
 )
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import embed
 from quarterlight.models.presets import preset_of
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.tiles import Grid, Tiles, num_tiles
 from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import Role, chat_template
 from quarterlight.records import ArchiveMember, ImageSource, Item, ItemLike
@@ -80,6 +81,7 @@ class Embedder:
         truncate_dim: int | None = None,
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
+        packed: bool = False,
         preset: str | None = None,
     ) -> None:
         """
@@ -89,6 +91,8 @@ class Embedder:
         truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
         tokens_per_batch: visual and text tokens, padding included, that go through the language model at once.
         num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
+        packed: rows go through the language model one after the other in one sequence, without padding, rather than
+            side by side; see :mod:`quarterlight.models.packed`.  Changes embeddings by rounding only.
         preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
             ``None`` finds it by the name of the model, where that has one.
         Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
@@ -107,14 +111,14 @@ class Embedder:
             if released.marker_seed is not None:
                 with_markers(backbone, processor.tokenizer, seed=released.marker_seed)
                 self._marker_seed = released.marker_seed
-        self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers)
+        self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers, packed)
         self._folder = folder
 
     @classmethod
     def from_model(
         cls,
         model: Any,
-        processor: InternVLVTCProcessor,
+        processor: VTCProcessor,
         settings: EmbedderSettings,
         *,
         name: str = "unsaved",
@@ -122,25 +126,29 @@ class Embedder:
         truncate_dim: int | None = None,
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
+        packed: bool = False,
     ) -> Embedder:
         """An embedder around a model in memory, whose language head, if any, is not used. Put it in ``eval`` mode.
 
         folder: where it was loaded from, so that its hash is that of what was saved.
         """
         embedder = cls.__new__(cls)
-        embedder._assemble(model.base_model, processor, settings, name, truncate_dim, tokens_per_batch, num_workers)
+        embedder._assemble(
+            model.base_model, processor, settings, name, truncate_dim, tokens_per_batch, num_workers, packed
+        )
         embedder._folder = folder
         return embedder
 
     def _assemble(
         self,
         model: Any,
-        processor: InternVLVTCProcessor,
+        processor: VTCProcessor,
         settings: EmbedderSettings,
         name: str,
         truncate_dim: int | None,
         tokens_per_batch: int,
         num_workers: int,
+        packed: bool,
     ) -> None:
         if tokens_per_batch < 1 or num_workers < 0:
             raise InputError(
@@ -152,7 +160,9 @@ class Embedder:
         self.processor = processor
         self.settings = settings
         self.tokens_per_batch = tokens_per_batch
+        self.packed = packed
 
+        self._backbone = backbone_of(model.config)
         self._formatter = InputFormatter(processor, settings)
         self._workers = ThreadPoolExecutor(num_workers, "quarterlight-decode") if num_workers else _InPlace()
         self._truncate_dim = self._checked_dim(truncate_dim)
@@ -172,19 +182,20 @@ class Embedder:
         """SHA-256, in hex, of the weights and all else that changes an embedding; device and dtype, which change it by
         rounding only, are left out. Reads all weights the first time."""
         weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
-        image_processor = self.processor.image_processor.to_dict()
-        image_processor.pop("max_patches")
+        settings = self.settings.what_matters()
+        for name in self._backbone.unheeded:
+            settings.pop(name, None)
         recipe = {
             "weights": weights_hash(weights),
-            "settings": self.settings.what_matters(),
+            "settings": settings,
             "template": chat_template(
-                image=self.processor.image_token,
+                image=self.processor.picture,
                 defaults=self.settings.instructions,
                 style=self.settings.prompt_style,
                 marked=self.settings.marked,
             ),
             "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
-            "image_processor": image_processor,
+            "image_processor": self._backbone.picture_settings(self.processor.image_processor),
             "visual_token_compression": self.model.config.visual_token_compression,
             "truncate_dim": self._truncate_dim,
         }
@@ -234,10 +245,12 @@ class Embedder:
         """As :meth:`encode_document`, and what the language model was given of the pictures of each item.
 
         The latter are the visual tokens of all tiles of all its pictures in order, float16 ``[tokens, columns]``, which
-        :class:`quarterlight.models.reranker.Reranker` takes in place of the pictures; ``None`` for an item without any.
+        :class:`quarterlight.models.reranker.Reranker` takes in place of the pictures; ``None`` for an item without any,
+        and for all items where the backbone cannot do without the pictures.
         """
         tokens: dict[int, np.ndarray] = {}
-        rows_ND = self._encode(items, "document", instruction, None, False, tokens)
+        kept = tokens if self._backbone.can_store_visual_tokens else None
+        rows_ND = self._encode(items, "document", instruction, None, False, kept)
         return rows_ND, [tokens.get(position) for position in range(len(rows_ND))]
 
     @torch.inference_mode()
@@ -250,8 +263,8 @@ class Embedder:
         shown = [Item(image=items[n].image, max_tiles=items[n].max_tiles) for n in where]
         blank = torch.empty(
             0,
-            self.processor.image_seq_length,
-            self._full_dimension,
+            self._backbone.tokens_per_row(self.model.config),
+            self._backbone.width(self.model.config),
             dtype=self.model.dtype,
             device=self.model.device,
         )
@@ -261,7 +274,7 @@ class Embedder:
             features = iter(self._see([picture for job in window for picture in job.pictures], seen))
             for job in window:
                 parts = [next(features) for _ in job.pictures]
-                found[where[job.position]] = VisualTokens(torch.cat(parts), tuple(map(len, parts)))
+                found[where[job.position]] = VisualTokens(torch.cat(parts), tuple(one.grid for one in job.pictures))
                 job.pictures.clear()
         return found
 
@@ -336,14 +349,14 @@ class Embedder:
 
         positions: by which messages call the jobs, if not by their own.
         """
-        size = self.processor.image_processor.size
-        bytes_per_tile = size.height * size.width * 3
+        height, width = self.processor.image_processor.tile_pixels
+        bytes_per_tile = height * width * 3
         waiting: list[_Job] = []
         window: list[_Job] = []
         num_bytes = num_tokens = 0
         for job in jobs:
             window.append(job)
-            num_bytes += job.most_tiles * bytes_per_tile
+            num_bytes += len(job.item.images) * self._formatter.most_tiles(job.max_tiles) * bytes_per_tile
             num_tokens += self._most_tokens(job)
             if num_bytes >= WINDOW_BYTES or num_tokens >= 2 * self.tokens_per_batch:
                 self._decode(window)
@@ -368,8 +381,10 @@ class Embedder:
                 job.futures.append(futures[key])
 
     def _picture(self, source: ImageSource, max_tiles: int) -> _Picture:
-        tiles = self.processor.image_processor.tiles(load_image(source), max_tiles)
-        return _Picture(tiles, hashlib.blake2b(tiles, digest_size=16).digest())
+        tiles = self._formatter.cut(source, max_tiles)
+        digest = hashlib.blake2b(tiles.pixels, digest_size=16)
+        digest.update(repr(tiles.grid).encode())
+        return _Picture(tiles, digest.digest())
 
     def _collect(self, window: list[_Job], positions: Sequence[int] | None) -> list[_Job]:
         for job in window:
@@ -386,7 +401,12 @@ class Embedder:
         """Runs of jobs, shortest first, that fill ``tokens_per_batch`` when padded to the longest of the run."""
         batch: list[_Job] = []
         for job in jobs:
-            if batch and self._num_tokens(job) * (len(batch) + 1) > self.tokens_per_batch:
+            size = self._num_tokens(job)
+            if self.packed:
+                size += sum(map(self._num_tokens, batch))
+            else:
+                size *= len(batch) + 1
+            if batch and size > self.tokens_per_batch:
                 yield batch
                 batch = []
             batch.append(job)
@@ -399,14 +419,14 @@ class Embedder:
 
         shown: where the visual tokens of each job are put, by its key.
         """
-        counts = [[len(picture.tiles) for picture in job.pictures] for job in batch]
+        grids = [[picture.grid for picture in job.pictures] for job in batch]
         inputs: dict[str, Any] = {
             name: tensor.to(self.model.device)
-            for name, tensor in self._formatter.collate([job.prompt for job in batch], counts).items()
+            for name, tensor in self._formatter.collate([job.prompt for job in batch], grids).items()
         }
         if pictures := [picture for job in batch for picture in job.pictures]:
             parts = self._see(pictures, seen)
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(parts))}
+            inputs["visual_tokens"] = torch.cat(parts)
             if shown is not None:
                 rest = iter(parts)
                 for job in batch:
@@ -414,46 +434,47 @@ class Embedder:
                         tokens = torch.cat([next(rest).flatten(0, 1) for _ in job.pictures])
                         shown[job.key] = tokens.to(torch.float16).cpu().numpy()
         settings = self.settings
-        return embed(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
+        compute = embed_packed if self.packed else embed
+        return compute(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
 
     def _see(self, pictures: Sequence[_Picture], seen: LastUsed) -> list[Tensor]:
-        """The visual tokens of pictures, ``[T, tokens, D]`` each; the same picture goes through the tower once."""
+        """The visual tokens of pictures, ``[n, k, W]`` each; the same picture goes through the tower once."""
         unseen = {one.digest: one for one in pictures if one.digest not in seen}
         features = {one.digest: seen[one.digest] for one in pictures if one.digest in seen}
         if unseen:
-            tiles_THW3 = torch.from_numpy(np.concatenate([picture.tiles for picture in unseen.values()]))
-            vision = self.model.config.vision_config
-            patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
+            tiles_THW3 = torch.from_numpy(np.concatenate([picture.tiles.pixels for picture in unseen.values()]))
+            config, backbone = self.model.config, self._backbone
+            grids = [picture.grid for picture in unseen.values()]
+            runs = backbone.split(grids, max(1, self.tokens_per_batch // backbone.patches(config)))
+            normalize = self.processor.image_processor.normalize_tiles
             chunks = [
-                self.model.get_image_features(
-                    self.processor.image_processor.normalize_tiles(chunk.to(self.model.device)), return_dict=True
-                ).pooler_output
-                for chunk in tiles_THW3.split(max(1, self.tokens_per_batch // patches))
+                backbone.see(self.model, normalize(chunk.to(self.model.device)), run)
+                for chunk, run in zip(tiles_THW3.split([sum(map(num_tiles, run)) for run in runs]), runs, strict=True)
             ]
-            parts = torch.cat(chunks).split([len(picture.tiles) for picture in unseen.values()])
+            parts = torch.cat(chunks).split([backbone.num_rows(config, grid) for grid in grids])
             for digest, part in zip(unseen, parts, strict=True):
                 features[digest] = part
                 seen.put(digest, part.clone())
         return [features[picture.digest] for picture in pictures]
 
     def _num_tokens(self, job: _Job) -> int:
-        tiles = (len(picture.tiles) for picture in job.pictures)
-        return job.prompt.num_tokens + sum(map(self._formatter.num_image_tokens, tiles))
+        return job.prompt.num_tokens + sum(self._formatter.num_image_tokens(picture.grid) for picture in job.pictures)
 
     def _most_tokens(self, job: _Job) -> int:
-        images = len(job.item.images)
-        return job.prompt.num_tokens + images * self._formatter.num_image_tokens(job.most_tiles // max(images, 1))
+        return job.prompt.num_tokens + len(job.item.images) * self._formatter.most_image_tokens(job.max_tiles)
 
 
 @dataclass(frozen=True)
 class VisualTokens:
     """What the language model is given of the pictures of one item.
 
-    tokens: ``[tiles, tokens of a tile, columns]`` of all its pictures in order.  tiles: of each picture.
+    tokens: ``[n, k, W]`` of all its pictures in order, see :class:`quarterlight.models.backbones.backbone.Backbone`;
+        for an InternVL ``[tiles, tokens of a tile, columns]``.
+    tiles: of each picture, or how it was cut.
     """
 
     tokens: Tensor
-    tiles: tuple[int, ...]
+    tiles: tuple[Grid, ...]
 
     @property
     def nbytes(self) -> int:
@@ -463,8 +484,12 @@ class VisualTokens:
 
 @dataclass
 class _Picture:
-    tiles: np.ndarray  # uint8 [T, H, W, 3]
+    tiles: Tiles
     digest: bytes
+
+    @property
+    def grid(self) -> Grid:
+        return self.tiles.grid
 
 
 @dataclass
@@ -478,11 +503,6 @@ class _Job:
     futures: list[Future[_Picture]] = field(default_factory=list)
     pictures: list[_Picture] = field(default_factory=list)
     key: Any = None
-
-    @property
-    def most_tiles(self) -> int:
-        """Tiles of all its pictures, thumbnails included, if each has as many as it may."""
-        return len(self.item.images) * (self.max_tiles + (self.max_tiles > 1))
 
 
 class _InPlace:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from quarterlight.errors import CheckpointError, InputError
 from quarterlight.images import load_image
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.tiles import Grid, Tiles
 from quarterlight.prompts import MARKERS, Prompt, Role, Segment
-from quarterlight.records import Item, ItemLike
+from quarterlight.records import ImageSource, Item, ItemLike
 
 _tokenizing = threading.Lock()
 """Held while a tokenizer works: it is told how to treat special tokens in one call and does so in the next, whichever
@@ -97,7 +98,7 @@ class SegmentTokenizer:
     pool_frame: ``False`` counts the frame among what a mean leaves out.
     """
 
-    def __init__(self, processor: InternVLVTCProcessor, text_max_tokens: int, *, pool_frame: bool = True) -> None:
+    def __init__(self, processor: VTCProcessor, text_max_tokens: int, *, pool_frame: bool = True) -> None:
         self.processor = processor
         self.text_max_tokens = text_max_tokens
         self._unpooled = ("instruction", "marker") if pool_frame else ("instruction", "marker", "frame")
@@ -119,22 +120,22 @@ class SegmentTokenizer:
             for prompt in prompts
         ]
 
-    def num_image_tokens(self, tiles: int) -> int:
-        """Tokens of a picture in so many tiles, its two brackets included."""
-        return 2 + tiles * self.processor.image_seq_length
+    def num_image_tokens(self, grid: Grid) -> int:
+        """Tokens of a picture that was cut so, its two brackets included."""
+        return 2 + self.processor.num_visual_tokens(grid)
 
-    def expand(self, prompt: TokenizedPrompt, tiles: Sequence[int]) -> tuple[list[int], list[int]]:
+    def expand(self, prompt: TokenizedPrompt, grids: Sequence[Grid]) -> tuple[list[int], list[int]]:
         """All token ids, and 1 for each that a mean leaves out: those of the instruction, its markers included.
 
-        tiles: of each picture.
+        grids: of each picture.
         A row of nothing else keeps the frame that it should leave out: there is no mean of no tokens.
         """
-        processor, counts = self.processor, iter(tiles)
+        processor, counts = self.processor, iter(grids)
         all_ids: list[int] = []
         instruction: list[int] = []
         for kind, ids in prompt.runs:
             if kind == "image":
-                context = [processor.image_token_id] * (next(counts) * processor.image_seq_length)
+                context = [processor.image_token_id] * processor.num_visual_tokens(next(counts))
                 ids = (processor.start_image_token_id, *context, processor.end_image_token_id)
             all_ids += ids
             instruction += [int(kind in self._unpooled)] * len(ids)
@@ -157,7 +158,7 @@ class InputFormatter:
     is spelt out, never the token that ends a turn.
     """
 
-    def __init__(self, processor: InternVLVTCProcessor, settings: EmbedderSettings) -> None:
+    def __init__(self, processor: VTCProcessor, settings: EmbedderSettings) -> None:
         self.processor = processor
         self.settings = settings
         check_markers(processor.tokenizer, settings)
@@ -172,9 +173,8 @@ class InputFormatter:
         parsed = [Item.parse(item) for item in items]
         prompts = [self.prompt(item, role, instruction, position) for position, item in enumerate(parsed)]
         tiles = [self.tiles(item) for item in parsed]
-        counts = [[len(picture) for picture in pictures] for pictures in tiles]
-        batch = self.collate(self.tokenize(prompts), counts)
-        if pictures := list(chain.from_iterable(tiles)):
+        batch = self.collate(self.tokenize(prompts), [[picture.grid for picture in pictures] for pictures in tiles])
+        if pictures := [picture.pixels for picture in chain.from_iterable(tiles)]:
             batch["pixel_values"] = self.processor.image_processor.normalize_tiles(
                 torch.from_numpy(np.concatenate(pictures))
             )
@@ -208,24 +208,38 @@ class InputFormatter:
         """The most tiles of each of an item's pictures."""
         return item.max_tiles or self.settings.max_tiles
 
-    def tiles(self, item: Item) -> list[np.ndarray]:
-        """The tiles of each of an item's pictures, uint8 ``[T, H, W, 3]``. Raises ImageError."""
-        return [self.processor.image_processor.tiles(load_image(one), self.max_tiles(item)) for one in item.images]
+    def tiles(self, item: Item) -> list[Tiles]:
+        """Each of an item's pictures, cut up. Raises ImageError."""
+        return [self.cut(one, self.max_tiles(item)) for one in item.images]
+
+    def cut(self, source: ImageSource, max_tiles: int) -> Tiles:
+        """A picture in so many tiles at most, cut up. Raises ImageError."""
+        return self.processor.image_processor.cut(load_image(source), max_tiles, self.settings.max_pixels)  # type: ignore[no-any-return]
+
+    def most_tiles(self, max_tiles: int) -> int:
+        """Tiles that :meth:`cut` makes, at most."""
+        return int(self.processor.image_processor.most_tiles(max_tiles, self.settings.max_pixels))
+
+    def most_image_tokens(self, max_tiles: int) -> int:
+        """Tokens of a picture in so many tiles at most, its two brackets included."""
+        return 2 + self.processor.most_visual_tokens(max_tiles, self.settings.max_pixels)
 
     def tokenize(self, prompts: Iterable[Prompt]) -> list[TokenizedPrompt]:
         """Token ids of prompts, segment by segment, texts cut to ``text_max_tokens``."""
         return self._tokenize([prompt.segments() for prompt in prompts])
 
-    def num_image_tokens(self, tiles: int) -> int:
-        """Tokens of a picture in so many tiles, its two brackets included."""
-        return self._tokenize.num_image_tokens(tiles)
+    def num_image_tokens(self, grid: Grid) -> int:
+        """Tokens of a picture that was cut so, its two brackets included."""
+        return self._tokenize.num_image_tokens(grid)
 
-    def collate(self, prompts: Sequence[TokenizedPrompt], tiles: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def collate(self, prompts: Sequence[TokenizedPrompt], grids: Sequence[Sequence[Grid]]) -> dict[str, Tensor]:
         """int64 ``[B, L]`` tensors, padded on the right: ``input_ids``, ``attention_mask``, ``instruction_mask``.
 
-        tiles: for each prompt, the number of tiles of each of its pictures.
+        Where positions have several axes also ``position_ids``, int64 ``[axes, B, L]``, and ``grids``, int64 ``[P, 2]``
+        of all pictures in order, if there are any.
+        grids: for each prompt, how each of its pictures was cut.
         """
-        rows = [self._tokenize.expand(prompt, counts) for prompt, counts in zip(prompts, tiles, strict=True)]
+        rows = [self._tokenize.expand(prompt, counts) for prompt, counts in zip(prompts, grids, strict=True)]
         length = max(len(ids) for ids, _ in rows)
         batch = torch.zeros(3, len(rows), length, dtype=torch.int64)
         batch[0] = self.processor.tokenizer.pad_token_id
@@ -233,4 +247,12 @@ class InputFormatter:
             batch[0, index, : len(ids)] = torch.tensor(ids)
             batch[1, index, : len(ids)] = 1
             batch[2, index, : len(ids)] = torch.tensor(instruction)
-        return dict(zip(("input_ids", "attention_mask", "instruction_mask"), batch, strict=True))
+        inputs = dict(zip(("input_ids", "attention_mask", "instruction_mask"), batch, strict=True))
+        if self.processor.num_axes > 1:
+            positions = torch.zeros(self.processor.num_axes, len(rows), length, dtype=torch.int64)
+            for index, ((ids, _), own) in enumerate(zip(rows, grids, strict=True)):
+                positions[:, index, : len(ids)] = self.processor.positions(ids, own, self.settings.positions)
+            inputs["position_ids"] = positions
+            if pairs := list(chain.from_iterable(grids)):
+                inputs["grids"] = torch.tensor(pairs)
+        return inputs

@@ -30,9 +30,11 @@ from quarterlight.errors import CheckpointError
 from quarterlight.models.checkpoint import (
     RERANKER,
     SETTINGS_FILE,
-    VISION,
+    eye_names,
     load_adapter,
     load_backbone,
+    load_config,
+    load_processor,
     load_reranker_settings,
     load_settings,
     read_description,
@@ -41,7 +43,6 @@ from quarterlight.models.checkpoint import (
     weight_files,
 )
 from quarterlight.models.embedder import Embedder, best_dtype
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
 from quarterlight.models.reranker import Reranker
 
 _OWN = "weights.safetensors"
@@ -51,7 +52,8 @@ _INDEX = "model.safetensors.index.json"
 def same_eyes(embedder: Path, reranker: Path) -> bool:
     """Whether two folders have the same weights of vision tower and connector, to the bit."""
     ours, theirs = _tensors(embedder), _tensors(reranker)
-    names = {name for name in (*ours, *theirs) if any(part in name for part in VISION)}
+    parts = eye_names(load_config(embedder))
+    names = {name for name in (*ours, *theirs) if any(part in name for part in parts)}
     return all(_equal(name, ours, theirs) for name in names)
 
 
@@ -130,7 +132,7 @@ def load_pair(
         if name := read_description(path).get("adapter"):
             load_adapter(one.base_model, path / name)
         one.eval().requires_grad_(False)
-    processors = [InternVLVTCProcessor.from_pretrained(path) for path in (folder, inside)]
+    processors = [load_processor(path) for path in (folder, inside)]
     options["name"] = str(model)
     embedder = Embedder.from_model(trunk, processors[0], settings, folder=folder, **options)
     reranker = Reranker.from_model(head, processors[1], reranker_settings, folder=inside, **options)

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from quarterlight.errors import CheckpointError, did_you_mean
 from quarterlight.models.checkpoint import read_description
 from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.positions import Positions
 from quarterlight.models.settings import EmbedderSettings, default_instructions
 from quarterlight.prompts import PromptStyle
 
@@ -47,6 +48,8 @@ def _u_marvel(hub_id: str, model_type: str, system_prompt: str) -> Preset:
             prompt_style=PromptStyle.U_MARVEL,
             system_prompt=system_prompt,
             text_max_tokens=480,
+            max_pixels=300 * 28 * 28,
+            positions=Positions.SEQUENTIAL,
             # The first of M-BEIR's, with which the weights were trained: MSCOCO, NIGHTS and CIRR, where pictures are
             # searched for. A candidate has none.
             instructions=default_instructions()

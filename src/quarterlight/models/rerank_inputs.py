@@ -8,7 +8,7 @@ from typing import Any
 
 from quarterlight.errors import CheckpointError, InputError
 from quarterlight.models.inputs import SegmentTokenizer, TokenizedPrompt, frame_ids
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import RerankerSettings
 from quarterlight.prompts import RerankPart, RerankPrompt
 from quarterlight.records import Item
@@ -51,7 +51,7 @@ class RerankFormatter:
     ``TokenizedPrompt(prefix.runs + tail.runs)`` is the whole.
     """
 
-    def __init__(self, processor: InternVLVTCProcessor, settings: RerankerSettings) -> None:
+    def __init__(self, processor: VTCProcessor, settings: RerankerSettings) -> None:
         self.processor = processor
         self.settings = settings
         self.tokenize = SegmentTokenizer(processor, settings.text_max_tokens)

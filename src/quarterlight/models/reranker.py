@@ -17,7 +17,7 @@ import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from quarterlight.errors import CheckpointError, ImageError, InputError
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import (
     RERANKER,
     RERANKER_ADAPTER,
@@ -40,10 +41,11 @@ from quarterlight.models.checkpoint import (
 )
 from quarterlight.models.embedder import Embedder, LastUsed, VisualTokens, as_list, best_dtype
 from quarterlight.models.inputs import TokenizedPrompt
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.rerank_inputs import AnswerTokens, RerankFormatter
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.models.shared_prefix import repeated
+from quarterlight.models.tiles import Grid
 from quarterlight.prompts import rerank_chat_template
 from quarterlight.records import ArchiveMember, Item, ItemLike
 
@@ -123,7 +125,7 @@ class Reranker:
     def from_model(
         cls,
         model: Any,
-        processor: InternVLVTCProcessor,
+        processor: VTCProcessor,
         settings: RerankerSettings,
         *,
         name: str = "unsaved",
@@ -131,7 +133,7 @@ class Reranker:
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
     ) -> Reranker:
-        """A reranker around an ``InternVLVTCForConditionalGeneration`` in memory. Put it in ``eval`` mode.
+        """A reranker around a model with a language head in memory. Put it in ``eval`` mode.
 
         folder: where it was loaded from, so that its hash is that of what was saved.
         """
@@ -143,7 +145,7 @@ class Reranker:
     def _assemble(
         self,
         model: Any,
-        processor: InternVLVTCProcessor,
+        processor: VTCProcessor,
         settings: RerankerSettings,
         name: str,
         tokens_per_batch: int,
@@ -160,10 +162,11 @@ class Reranker:
         self.eyes = Embedder.from_model(
             model,
             processor,
-            EmbedderSettings(max_tiles=settings.max_tiles),
+            EmbedderSettings(max_tiles=settings.max_tiles, max_pixels=settings.max_pixels),
             tokens_per_batch=tokens_per_batch,
             num_workers=num_workers,
         )
+        self._backbone = backbone_of(model.config)
         self._openings: dict[
             tuple[Any, ...], tuple[int, DynamicCache]
         ] = {}  # what they depend on -> tokens, their cache
@@ -173,13 +176,13 @@ class Reranker:
         """SHA-256, in hex, of the weights and all else that changes a score beyond rounding."""
         weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
         settings = self.settings.to_dict()
-        for name in ("method", "fusion_weight"):
+        for name in ("method", "fusion_weight", *self._backbone.unheeded):
             settings.pop(name)
         recipe = {
             "weights": weights_hash(weights),
             "vision": self.vision_hash,
             "settings": settings,
-            "template": rerank_chat_template(image=self.processor.image_token, instructions=self.settings.instructions),
+            "template": rerank_chat_template(image=self.processor.picture, instructions=self.settings.instructions),
             "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
             "adapter": saved_adapter(self._folder, RERANKER_ADAPTER) if self._folder else {},
         }
@@ -254,19 +257,23 @@ class Reranker:
 
     def _windows(self, groups: Sequence[list[int]], candidates: Sequence[Item]) -> Iterator[list[list[int]]]:
         """Runs of queries, each with the positions of its candidates, whose visual tokens fit into memory together."""
-        text: Any = self.model.config.text_config
-        bytes_per_tile = self.processor.image_seq_length * text.hidden_size * self.model.dtype.itemsize
+        bytes_per_token = self._backbone.width(self.model.config) * self.model.dtype.itemsize
         window: list[list[int]] = []
         num_bytes = 0
         for group in groups:
-            tiles = sum(len(candidates[n].images) * (self.formatter.max_tiles(candidates[n]) + 1) for n in group)
-            if window and (len(window) == QUERIES_PER_WINDOW or num_bytes + tiles * bytes_per_tile > TOKEN_CACHE_BYTES):
+            tokens = sum(self._most_visual_tokens(candidates[n]) for n in group)
+            more = tokens * bytes_per_token
+            if window and (len(window) == QUERIES_PER_WINDOW or num_bytes + more > TOKEN_CACHE_BYTES):
                 yield window
                 window, num_bytes = [], 0
             window.append(group)
-            num_bytes += tiles * bytes_per_tile
+            num_bytes += more
         if window:
             yield window
+
+    def _most_visual_tokens(self, item: Item) -> int:
+        most = self.processor.most_visual_tokens(self.formatter.max_tiles(item), self.settings.max_pixels)
+        return len(item.images) * most
 
     def rank(
         self,
@@ -335,11 +342,16 @@ class Reranker:
             return {}
         if len(stored) != len(items):
             raise InputError(f"Expected visual_tokens for {len(items)} candidates, got {len(stored)}.")
-        columns, per_tile = self.model.config.text_config.hidden_size, self.processor.image_seq_length
+        config = self.model.config
+        columns, per_tile = self._backbone.width(config), self._backbone.tokens_per_row(config)
         given = {}
         for position, (item, tokens) in enumerate(zip(items, stored, strict=True)):
             if tokens is None:
                 continue
+            if not self._backbone.can_store_visual_tokens:
+                raise InputError(
+                    f"Candidate {position}: {self.name} cannot use visual_tokens without the picture: give None."
+                )
             tokens = np.asarray(tokens)
             if len(item.images) != 1:
                 raise InputError(
@@ -402,7 +414,8 @@ class Reranker:
         """P(Yes) of each candidate, float32 [C], and how many texts were cut."""
         if not items:
             return np.empty(0, np.float32), 0
-        P, cache, num_cut = self._read_query(query, instruction, seen, listwise=False)
+        prefix = self._read_query(query, instruction, seen, listwise=False)
+        P = prefix.num_tokens
         tails, ids = self._fitting(self.formatter.tails(items), [[item] for item in items], P, seen)
         # the same candidate twice is read once
         keys = [(tail, self._pictures(item) if item.images else None) for tail, item in zip(tails, items, strict=True)]
@@ -415,11 +428,11 @@ class Reranker:
                 size -= 1
             batch, rows = rows[:size], rows[size:]
             words = [self.answers.yes, self.answers.no]
-            logits_B2 = self._answer([ids[n] for n in batch], [items[n : n + 1] for n in batch], cache, seen, words)
+            logits_B2 = self._answer([ids[n] for n in batch], [items[n : n + 1] for n in batch], prefix, seen, words)
             for n, value in zip(batch, logits_B2.softmax(dim=1)[:, 0].tolist(), strict=True):
                 score[keys[n]] = value
         scores_C = np.array([score[key] for key in keys], np.float32)
-        return self._finite(scores_C), num_cut + sum(tail.num_cut for tail in tails)
+        return self._finite(scores_C), prefix.num_cut + sum(tail.num_cut for tail in tails)
 
     @torch.inference_mode()
     def _list_scores(
@@ -430,10 +443,10 @@ class Reranker:
         seen: dict[Hashable, VisualTokens],
     ) -> tuple[npt.NDArray[np.float32], int]:
         """The probabilities of the numbers of the candidates of a list, float32 [C], and how many texts were cut."""
-        P, cache, num_cut = self._read_query(query, instruction, seen, listwise=True)
-        (tail,), ids = self._fitting([self.formatter.list_tail(items)], [items], P, seen)
-        logits_1C = self._answer(ids, [items], cache, seen, list(self.answers.numbers[: len(items)]))
-        return self._finite(logits_1C.softmax(dim=1)[0].cpu().numpy()), num_cut + tail.num_cut
+        prefix = self._read_query(query, instruction, seen, listwise=True)
+        (tail,), ids = self._fitting([self.formatter.list_tail(items)], [items], prefix.num_tokens, seen)
+        logits_1C = self._answer(ids, [items], prefix, seen, list(self.answers.numbers[: len(items)]))
+        return self._finite(logits_1C.softmax(dim=1)[0].cpu().numpy()), prefix.num_cut + tail.num_cut
 
     def _finite(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if not np.isfinite(scores).all():
@@ -442,8 +455,8 @@ class Reranker:
 
     def _read_query(
         self, query: Item, instruction: str | None, seen: dict[Hashable, VisualTokens], *, listwise: bool
-    ) -> tuple[int, DynamicCache, int]:
-        """Tokens of the prefix, their keys and values in all layers, and how many texts were cut."""
+    ) -> _Prefix:
+        """The prefix of a query, read."""
         prefix = self.formatter.prefix(query, instruction, listwise=listwise)
         ids = self._expand(prefix, [query], seen)
         if len(ids) >= self.model.config.text_config.max_position_embeddings:
@@ -456,15 +469,16 @@ class Reranker:
         key = listwise, self.model.device, self.model.dtype, sum(weight._version for weight in self.model.parameters())
         if key not in self._openings:
             start: Any = DynamicCache(config=self.model.config.text_config)
-            self._run([ids[:opening]], [[]], start, {})
+            self._run([ids[:opening]], [[]], start, {}, 0)
             self._openings = {
                 **{one: kept for one, kept in self._openings.items() if one[1:] == key[1:]},
                 key: (opening, start),
             }
         opening, start = self._openings[key]
         cache = repeated(start, 1)
-        self._run([ids[opening:]], [[query]], cache, seen)
-        return len(ids), cache, prefix.num_cut
+        self._run([ids[opening:]], [[query]], cache, seen, opening)
+        following = int(self._positions(ids, [query], seen, 0).max()) + 1
+        return _Prefix(len(ids), cache, prefix.num_cut, following)
 
     def _fitting(
         self,
@@ -492,19 +506,28 @@ class Reranker:
 
     def _expand(self, prompt: TokenizedPrompt, items: Sequence[Item], seen: dict[Hashable, VisualTokens]) -> list[int]:
         """The ids of a prompt, with as many slots for pictures as they have visual tokens."""
-        tiles = [count for item in items if item.images for count in seen[self._pictures(item)].tiles]
-        return self.formatter.tokenize.expand(prompt, tiles)[0]
+        return self.formatter.tokenize.expand(prompt, self._grids(items, seen))[0]
+
+    def _grids(self, items: Sequence[Item], seen: dict[Hashable, VisualTokens]) -> list[Grid]:
+        """How the pictures of some items were cut."""
+        return [grid for item in items if item.images for grid in seen[self._pictures(item)].tiles]
+
+    def _positions(
+        self, ids: Sequence[int], items: Sequence[Item], seen: dict[Hashable, VisualTokens], start: int
+    ) -> Tensor:
+        """Positions of the tokens of a prompt or of a piece of one, int64 [axes, L]."""
+        return self.processor.positions(ids, self._grids(items, seen), self.settings.positions, start)
 
     def _answer(
         self,
         ids: Sequence[Sequence[int]],
         items: Sequence[Sequence[Item]],
-        cache: DynamicCache,
+        prefix: _Prefix,
         seen: dict[Hashable, VisualTokens],
         answers: Sequence[int],
     ) -> Tensor:
         """The logits of some words as the answer to each row, float32 [B, words]."""
-        hidden_BLD = self._run(ids, items, repeated(cache, len(ids)), seen)
+        hidden_BLD = self._run(ids, items, repeated(prefix.cache, len(ids)), seen, prefix.following)
         last_B = torch.tensor([len(row) - 1 for row in ids], device=hidden_BLD.device)
         hidden_BD = hidden_BLD[torch.arange(len(ids), device=hidden_BLD.device), last_B]
         head = self.model.lm_head
@@ -517,25 +540,42 @@ class Reranker:
         items: Sequence[Sequence[Item]],
         cache: DynamicCache,
         seen: dict[Hashable, VisualTokens],
+        start: int,
     ) -> Tensor:
         """Hidden states of rows that continue a cache, padded on the right, [B, L, D]; the cache takes them up.
 
+        start: position of their first token.
         Nothing real comes after the padding, so under causal attention it needs no mask.
         """
         length = max(map(len, ids))
         input_ids = torch.full((len(ids), length), self.processor.tokenizer.pad_token_id)
         for row, one in enumerate(ids):
             input_ids[row, : len(one)] = torch.tensor(one)
+        rest: dict[str, Any] = {}
+        if self.processor.num_axes > 1:  # with one, positions are those of the cache and on
+            positions = torch.zeros(self.processor.num_axes, *input_ids.shape, dtype=torch.int64)
+            for row, (one, own) in enumerate(zip(ids, items, strict=True)):
+                positions[:, row, : len(one)] = self._positions(one, own, seen, start)
+            rest["position_ids"] = positions.to(self.model.device)
         input_ids = input_ids.to(self.model.device)
         embeds_BLD = self.model.get_input_embeddings()(input_ids)
         pictures = [seen[self._pictures(item)].tokens for row in items for item in row if item.images]
-        if pictures:
-            slots = (input_ids == self.model.config.image_token_id).unsqueeze(-1)
-            embeds_BLD = embeds_BLD.masked_scatter(slots, torch.cat(pictures).to(embeds_BLD.dtype))  # in order of rows
+        if pictures:  # in order of rows
+            embeds_BLD, more = self._backbone.place(self.model.model, input_ids, embeds_BLD, torch.cat(pictures))
+            rest |= more
         hidden: Tensor = self.model.model.language_model(
-            inputs_embeds=embeds_BLD, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds_BLD, past_key_values=cache, use_cache=True, **rest
         ).last_hidden_state
         return hidden
+
+
+class _Prefix(NamedTuple):
+    """All up to the candidates, read.  cache: keys and values in all layers.  following: the next token's position."""
+
+    num_tokens: int
+    cache: DynamicCache
+    num_cut: int
+    following: int
 
 
 def _parsed(value: ItemLike, name: str) -> Item:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from quarterlight.errors import CheckpointError, did_you_mean
 from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.positions import Positions
 from quarterlight.prompts import TARGET_INSTRUCTIONS, UNKNOWN_TARGET, PromptStyle, Role, query_instruction
 
 
@@ -30,15 +31,21 @@ class _Settings:
     """name of the recipe; for people"""
     max_tiles: int = 1
     """the most tiles of a picture whose item does not say; a thumbnail is added to more than one"""
+    max_pixels: int = 300 * 28 * 28
+    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles; 28 x 28 (Qwen3-VL: 32 x 32) are a visual
+    token before compression (U-MARVEL: 300 tokens), so that a page of four tiles has four times as many"""
+    positions: Positions = Positions.MROPE
+    """for Qwen-VL: where visual tokens stand"""
     text_max_tokens: int = 512
     """tokens of an item's text above which its end is cut off; the template and the pictures are never cut"""
     system_prompt: str = ""
     """a system turn before the user's; none when empty, as in InternVL3's -hf checkpoints"""
 
     def __post_init__(self) -> None:
-        for name in ("max_tiles", "text_max_tokens"):
+        for name in ("max_tiles", "max_pixels", "text_max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        object.__setattr__(self, "positions", Positions(self.positions))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -73,7 +80,7 @@ class EmbedderSettings(_Settings):
     """whether a mean counts the tokens of the template (system turn, roles, labels, ``<emb>.``) as U-MARVEL's does; one
     that does not is beyond the stock modules of sentence-transformers, for which such a model is not saved"""
 
-    LATER: ClassVar[tuple[str, ...]] = ("prompt_style", "pool_frame")
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_style", "pool_frame", "max_pixels", "positions")
     """settings that models saved by earlier versions do not name"""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quarterlight.models.pooling import PoolingMode, pool
+from quarterlight.models.backbones import backbone_of
+from quarterlight.models.pooling import PoolingMode, pool, visual_tokens
 
 
 def common_prefix(input_ids_BL: Tensor, attention_mask_BL: Tensor, image_token_id: int) -> int:
@@ -39,24 +40,35 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
 def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """What :func:`quarterlight.models.pooling.embed` gives for the last token under causal attention, ``[B, D]``.
 
-    inputs: right-padded ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``.
+    inputs: right-padded ``input_ids``, ``attention_mask`` and the rest of what that function reads.
     Gradients reach the shared beginning from every row.
     """
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    image_token_id = model.config.image_token_id
     embeds = model.get_input_embeddings()(input_ids)
-    if (pixel_values := inputs.get("pixel_values")) is not None:
-        features = model.get_image_features(pixel_values).pooler_output
-        slots = model.get_placeholder_mask(input_ids, embeds, features)  # checks that they are as many
-        embeds = embeds.masked_scatter(slots, features.to(embeds.dtype))
-    P = common_prefix(input_ids, mask, image_token_id)
+    tokens = visual_tokens(model, inputs)
+    position_ids = inputs.get("position_ids")
+    P = common_prefix(input_ids, mask, model.config.image_token_id)
     cache: Any = None
     if P:
         alone: Any = DynamicCache(config=model.config.text_config)
-        model.language_model(inputs_embeds=embeds[:1, :P], past_key_values=alone, use_cache=True, is_causal=True)
+        model.language_model(
+            inputs_embeds=embeds[:1, :P],
+            position_ids=None if position_ids is None else position_ids[:, :1, :P],
+            past_key_values=alone,
+            use_cache=True,
+            is_causal=True,
+        )
         cache = repeated(alone, len(embeds))
+    rest, more = embeds[:, P:], {}
+    if tokens is not None:  # all pictures are behind the beginning
+        rest, more = backbone_of(model.config).place(model, input_ids[:, P:], rest, tokens)
     hidden_BLD = model.language_model(
-        inputs_embeds=embeds[:, P:], past_key_values=cache, use_cache=P > 0, is_causal=True
+        inputs_embeds=rest,
+        position_ids=None if position_ids is None else position_ids[:, :, P:],
+        past_key_values=cache,
+        use_cache=P > 0,
+        is_causal=True,
+        **more,
     ).last_hidden_state
     pooled = pool(hidden_BLD, mask[:, P:], torch.zeros_like(mask[:, P:]), PoolingMode.LAST_TOKEN)
     return nn.functional.normalize(pooled, dim=-1)

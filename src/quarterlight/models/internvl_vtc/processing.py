@@ -5,7 +5,6 @@ T tiles, H and W pixels, 3 colours; a tile is square, and a picture cut into mor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +21,12 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from quarterlight.images import load_image
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
+from quarterlight.models.positions import Positions
+from quarterlight.models.tiles import Grid, PictureReader, Tiles, num_tiles
 
 
-class InternVLVTCImageProcessor(GotOcr2ImageProcessorPil):
+class InternVLVTCImageProcessor(PictureReader, GotOcr2ImageProcessorPil):
     """InternVL's dynamic tiling on Pillow and NumPy; ``max_patches``, the most tiles, can be given for each picture.
 
     The settings are those of the ``preprocessor_config.json`` it was loaded from; the defaults are InternVL3's.
@@ -56,25 +56,38 @@ class InternVLVTCImageProcessor(GotOcr2ImageProcessorPil):
             tiles_THW3[count] = image.resize((width, height), self.resample)
         return tiles_THW3
 
+    def cut(self, image: Image.Image, max_tiles: int | None = None, max_pixels: int | None = None) -> Tiles:
+        """:meth:`tiles` and how many they are. A tile has as many pixels as any other: ``max_pixels`` is not heeded."""
+        tiles_THW3 = self.tiles(image, max_tiles)
+        return Tiles(tiles_THW3, len(tiles_THW3))
+
+    def blank(self, grid: Grid | None = None) -> Tiles:
+        """White tiles, one if nobody says how many."""
+        count = 1 if grid is None else num_tiles(grid)
+        return Tiles(np.full((count, *self.tile_pixels, 3), 255, np.uint8), count)
+
+    def grid_of(self, width: int, height: int, max_tiles: int | None = None, max_pixels: int | None = None) -> int:
+        """The number of tiles, thumbnail included, of a picture of so many pixels."""
+        settings = {"max_patches": max_tiles or self.max_patches, "crop_to_patches": True}
+        return int(self.get_number_of_image_patches(height, width, settings))
+
+    def most_tiles(self, max_tiles: int, max_pixels: int) -> int:
+        """Tiles of a picture, at most: a thumbnail is added to more than one."""
+        return max_tiles + (max_tiles > 1)
+
+    @property
+    def tile_pixels(self) -> tuple[int, int]:
+        """Height and width of a tile."""
+        return self.size.height, self.size.width
+
+    def set_limits(self, max_tiles: int, max_pixels: int) -> None:
+        """The most tiles of a picture when nobody says."""
+        self.max_patches = max_tiles
+
     def normalize_tiles(self, tiles_THW3: Tensor) -> Tensor:
         """What the vision tower reads, float32 ``[T, 3, H, W]``, on the device of the uint8 ``[T, H, W, 3]`` tiles."""
         mean, std = (torch.tensor(values, device=tiles_THW3.device) for values in (self.image_mean, self.image_std))
         return torch.addcmul(-mean / std, tiles_THW3, self.rescale_factor / std).movedim(-1, 1)
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Pictures read by :func:`quarterlight.images.load_image`: upright, transparency on white; URLs as transformers
-        does.  May be called on its own results, as a processor does before it calls its image processor."""
-        source: Any = image_url_or_urls
-        if isinstance(source, (list, tuple)):
-            return [self.fetch_images(one) for one in source]
-        if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-            source = super().fetch_images(source)
-        if not isinstance(source, (str, os.PathLike, bytes, Image.Image)):
-            return source
-        picture = load_image(source)
-        if picture is not source:
-            picture.info = {}  # no EXIF that would turn it once more
-        return picture
 
     def preprocess(
         self,
@@ -99,17 +112,6 @@ class InternVLVTCImageProcessor(GotOcr2ImageProcessorPil):
         tiles = [self.tiles(picture, limit) for picture, limit in zip(pictures, limits, strict=True)]
         pixel_values = self.normalize_tiles(torch.from_numpy(np.concatenate(tiles)))
         return BatchFeature({"pixel_values": pixel_values, "num_patches": [len(one) for one in tiles]})
-
-    @staticmethod
-    def _picture(image: Any) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return image
-        array = np.asarray(image)
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
-            array = array.transpose(1, 2, 0)
-        if array.dtype != np.uint8:
-            raise ValueError(f"A picture given as an array must be uint8, got {array.dtype}.")
-        return load_image(Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array))
 
 
 class InternVLVTCProcessor(InternVLProcessor):
@@ -147,6 +149,28 @@ class InternVLVTCProcessor(InternVLProcessor):
         if isinstance(config, InternVLVTCConfig):
             processor.agree_with(config)
         return processor
+
+    @property
+    def picture(self) -> str:
+        """How a chat template spells a picture: the brackets come with the visual tokens."""
+        return self.image_token
+
+    @property
+    def num_axes(self) -> int:
+        """Positions are numbers: the language models are Qwen2.5 and Qwen3."""
+        return 1
+
+    def num_visual_tokens(self, grid: Grid) -> int:
+        """Tokens of a picture in so many tiles."""
+        return num_tiles(grid) * self.image_seq_length
+
+    def most_visual_tokens(self, max_tiles: int, max_pixels: int) -> int:
+        """Tokens of a picture, at most."""
+        return int(self.image_processor.most_tiles(max_tiles, max_pixels)) * self.image_seq_length
+
+    def positions(self, ids: Sequence[int], grids: Sequence[Grid], mode: Positions, start: int = 0) -> Tensor:
+        """Places in the row of tokens, int64 ``[1, L]``."""
+        return torch.arange(start, start + len(ids))[None]
 
     def agree_with(self, config: InternVLVTCConfig) -> None:
         """Takes the tokens of a tile from ``config``.  Raises ValueError when its tower reads another tile size."""

@@ -1,0 +1,117 @@
+"""What differs between families of backbones once their inputs are tensors.
+
+B rows, L tokens, T tiles, D columns of the language model; n x k visual tokens of a picture.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from quarterlight.models.tiles import Grid
+
+
+class Backbone(ABC):
+    """The adapter of a family; it has no state, and is told of the model whenever it is asked.
+
+    Visual tokens are ``[n, k, W]``, all of a picture's in order and those of several pictures one after the other.
+    W is the number of columns of the language model, or a multiple of it where deeper layers are given something of
+    pictures too.  In the model they pass by ``mm_encoder_outputs``, or :meth:`place` puts them among the embeddings of
+    words for whoever calls the language model itself.
+    """
+
+    eyes: tuple[str, ...]
+    """submodules of the model that make visual tokens: vision tower and connector"""
+
+    tower_settings: tuple[str, ...]
+    """settings of the vision tower that change visual tokens and are not seen in the shapes of weights"""
+
+    connector_settings: tuple[str, ...] = ("visual_token_compression",)
+    """those of the model"""
+
+    unheeded: tuple[str, ...] = ()
+    """settings of an embedder or a reranker that change nothing here"""
+
+    limits: tuple[str, ...]
+    """settings of the image processor that are only what a picture may have when nobody says"""
+
+    can_store_visual_tokens = True
+    """whether visual tokens can be kept on disk and be used without the picture"""
+
+    @abstractmethod
+    def see(self, model: Any, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Visual tokens of pictures, ``[n, k, W]``.
+
+        model: without or with a language head.
+        pixel_values: what the image processor's ``normalize_tiles`` makes of their tiles.
+        """
+
+    @abstractmethod
+    def num_rows(self, config: Any, grid: Grid) -> int:
+        """n of a picture."""
+
+    @abstractmethod
+    def tokens_per_row(self, config: Any) -> int:
+        """k of every picture."""
+
+    def width(self, config: Any) -> int:
+        """W."""
+        return int(config.text_config.hidden_size)
+
+    @abstractmethod
+    def tokens_per_tile(self, config: Any) -> float:
+        """Visual tokens of a picture for each of its tiles, before anything is rounded."""
+
+    @abstractmethod
+    def patches(self, config: Any) -> int:
+        """Patches of a tile, for which the vision tower has a hidden state each."""
+
+    @abstractmethod
+    def split(self, grids: Sequence[Grid], most_tiles: int) -> list[list[Grid]]:
+        """The pictures in runs that go through the tower together, of about so many tiles: nothing that may not be cut
+        is cut, and a run that comes out larger is one picture."""
+
+    @abstractmethod
+    def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
+        """Shape of ``pixel_values``, and grids, of the least that the tower can look at."""
+
+    def encoder_outputs(self, config: Any, tokens: Tensor) -> dict[str, Any]:
+        """Visual tokens as the model's ``mm_encoder_outputs``."""
+        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}  # type: ignore[arg-type]
+
+    def place(self, model: Any, input_ids_BL: Tensor, embeds_BLD: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Embeddings of words with visual tokens in the places of pictures, and what else the language model is given.
+
+        model: without a language head.  tokens: of all pictures of the rows in order.
+        Raises ValueError or RuntimeError when there are not as many as places.
+        """
+        tokens = tokens.to(embeds_BLD)
+        slots = model.get_placeholder_mask(input_ids_BL, embeds_BLD, tokens)  # checks that they are as many
+        return embeds_BLD.masked_scatter(slots, tokens), {}
+
+    def picture_settings(self, image_processor: Any) -> dict[str, Any]:
+        """Settings of an image processor that change how a picture of known limits is cut."""
+        values: dict[str, Any] = image_processor.to_dict()
+        for name in self.limits:
+            values.pop(name)
+        return values
+
+    def configure(self, config: Any, settings: Any) -> None:
+        """Takes from an embedder's settings what the bare model needs to know to give the same embeddings."""
+
+    def parts(self, model: Any) -> list[nn.Module]:
+        """Vision tower and connector."""
+        return [model.base_model.get_submodule(name) for name in self.eyes]
+
+    def blank(self, model: Any) -> Tensor:
+        """Zero, by way of vision tower and connector: where processes share weights, all must use them, or the others
+        wait."""
+        base = model.base_model
+        shape, grids = self.blank_pixels(model.config)
+        pixels = torch.zeros(shape, device=next(base.parameters()).device)
+        return 0.0 * self.see(model, pixels, grids).sum()

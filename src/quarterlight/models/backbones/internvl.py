@@ -1,0 +1,60 @@
+"""InternVL: a picture is tiles of one size, each with as many visual tokens as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from quarterlight.models.backbones.backbone import Backbone
+from quarterlight.models.tiles import Grid, num_tiles
+
+
+class InternVL(Backbone):
+    """The adapter of ``internvl_vtc``: n are the tiles of a picture, k the tokens of a tile."""
+
+    eyes = ("vision_tower", "multi_modal_projector")
+    tower_settings = (
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+        "norm_type",
+        "use_qk_norm",
+        "image_size",
+        "patch_size",
+    )
+    connector_settings = (
+        "visual_token_compression",
+        "downsample_ratio",
+        "projector_hidden_act",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+    unheeded = ("max_pixels", "positions")
+    limits = ("max_patches",)
+
+    def see(self, model: Any, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        found: Tensor = model.get_image_features(pixel_values, return_dict=True).pooler_output
+        return found
+
+    def num_rows(self, config: Any, grid: Grid) -> int:
+        return num_tiles(grid)
+
+    def tokens_per_row(self, config: Any) -> int:
+        return int(config.image_seq_length)
+
+    def tokens_per_tile(self, config: Any) -> float:
+        return float(config.image_seq_length)
+
+    def patches(self, config: Any) -> int:
+        vision = config.vision_config
+        return int((vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1]))
+
+    def split(self, grids: Sequence[Grid], most_tiles: int) -> list[list[Grid]]:
+        """Tiles do not see each other, so that a run ends anywhere."""
+        total = sum(map(num_tiles, grids))
+        return [[min(most_tiles, total - start)] for start in range(0, total, most_tiles)]
+
+    def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
+        return (1, 3, *config.vision_config.image_size), [1]

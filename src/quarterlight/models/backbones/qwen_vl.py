@@ -1,0 +1,93 @@
+"""Qwen2-VL and Qwen2.5-VL: a picture is one grid of patches, and visual tokens stand in rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from quarterlight.models.backbones.backbone import Backbone
+from quarterlight.models.compression import compressed_grid
+from quarterlight.models.tiles import Grid, num_tiles
+
+
+class QwenVL(Backbone):
+    """The adapter of ``qwen2_vl_vtc`` and ``qwen2_5_vl_vtc``: n are the visual tokens of a picture, k is 1."""
+
+    eyes = ("visual",)
+    tower_settings = (
+        "num_heads",
+        "hidden_act",
+        "patch_size",
+        "spatial_merge_size",
+        "temporal_patch_size",
+        "window_size",
+        "fullatt_block_indexes",
+        "deepstack_visual_indexes",
+        "rope_parameters",
+    )
+    limits = ("size",)
+    # The stored form is a list of tokens: it does not say in how many rows they stand, which M-RoPE needs to know.
+    can_store_visual_tokens = False
+
+    def see(self, model: Any, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return self._joined(self._features(model, pixel_values, grids)).unsqueeze(1)
+
+    def num_rows(self, config: Any, grid: Grid) -> int:
+        assert not isinstance(grid, int)
+        rows, columns = compressed_grid(*grid, config.visual_token_compression)
+        return rows * columns
+
+    def tokens_per_row(self, config: Any) -> int:
+        return 1
+
+    def tokens_per_tile(self, config: Any) -> float:
+        return 1.0 / config.visual_token_compression**2
+
+    def patches(self, config: Any) -> int:
+        return int(config.vision_config.spatial_merge_size**2)
+
+    def split(self, grids: Sequence[Grid], most_tiles: int) -> list[list[Grid]]:
+        """The patches of a picture see each other, so that a picture is never cut."""
+        runs: list[list[Grid]] = []
+        size = 0
+        for grid in grids:
+            if not runs or size + num_tiles(grid) > most_tiles:
+                runs.append([])
+                size = 0
+            runs[-1].append(grid)
+            size += num_tiles(grid)
+        return runs
+
+    def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
+        vision = config.vision_config
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return (vision.spatial_merge_size**2, numbers), [(1, 1)]
+
+    def encoder_outputs(self, config: Any, tokens: Tensor) -> dict[str, Any]:
+        # a list of pictures there, which it joins
+        return {"image": BaseModelOutputWithPooling(pooler_output=[tokens.flatten(0, 1)])}  # type: ignore[arg-type]
+
+    def place(self, model: Any, input_ids_BL: Tensor, embeds_BLD: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
+        tokens = tokens.flatten(0, 1).to(embeds_BLD)
+        slots, _ = model.get_placeholder_mask(input_ids_BL, embeds_BLD, tokens)  # checks that they are as many
+        return embeds_BLD.masked_scatter(slots, tokens), {}
+
+    def picture_settings(self, image_processor: Any) -> dict[str, Any]:
+        return super().picture_settings(image_processor) | {"min_pixels": image_processor.size["shortest_edge"]}
+
+    def configure(self, config: Any, settings: Any) -> None:
+        config.positions = str(settings.positions)
+
+    def _features(self, model: Any, pixel_values: Tensor, grids: Sequence[Grid]) -> Any:
+        merge = model.config.vision_config.spatial_merge_size
+        pairs = torch.tensor(grids, device=pixel_values.device).reshape(-1, 2)
+        grid_thw = torch.cat([torch.ones_like(pairs[:, :1]), merge * pairs], dim=1)
+        return model.get_image_features(pixel_values, grid_thw, return_dict=True)
+
+    def _joined(self, found: Any) -> Tensor:
+        """Visual tokens of all pictures, ``[n, W]``."""
+        return torch.cat(list(found.pooler_output))
