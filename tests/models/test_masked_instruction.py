@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.models.qwen import QWEN, plain_qwen
 
 from quarterlight import Item
 from quarterlight.errors import CheckpointError
@@ -24,8 +25,6 @@ from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import MARKERS, PromptStyle
-
-from tests.models.qwen import QWEN, plain_qwen
 
 Pictures = Callable[..., Image.Image]
 Marked = tuple[Any, Any]
@@ -99,9 +98,13 @@ def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         ("last_token", "bidirectional", "magic", "sequential"),
     ],
 )
-def test_qwen_gives_the_same_vectors(qwen: Marked, picture: Pictures, tmp_path: Path, pooling: Any, attention: Any, style: Any, positions: Any) -> None:
+def test_qwen_gives_the_same_vectors(
+    qwen: Marked, picture: Pictures, tmp_path: Path, pooling: Any, attention: Any, style: Any, positions: Any
+) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    settings = EmbedderSettings(pooling=pooling, attention=attention, prompt_style=style, positions=positions, max_pixels=24*64)
+    settings = EmbedderSettings(
+        pooling=pooling, attention=attention, prompt_style=style, positions=positions, max_pixels=24 * 64
+    )
     items = ["a red apple", picture(0, 40, 24), {"text": "sliced", "image": picture(1, 32, 48)}, "<instruction_end> x"]
     folder = save_checkpoint(tmp_path / "m", *qwen, settings)
     ours = Embedder(folder, dtype=torch.float32, device="cpu")

@@ -121,9 +121,12 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def load_config(folder: Path, visual_token_compression: int | None = None) -> Any:
+def load_config(
+    folder: Path, visual_token_compression: int | None = None, tower: Mapping[str, Any] | None = None
+) -> Any:
     """The configuration, with compression, of a folder of a known family, with s replaced if one is given.
 
+    tower: settings of the vision tower that replace those of the folder.
     Raises CheckpointError for another kind of model or an impossible s.
     """
     try:
@@ -138,6 +141,8 @@ def load_config(folder: Path, visual_token_compression: int | None = None) -> An
     values.pop("model_type")
     if visual_token_compression is not None:
         values["visual_token_compression"] = visual_token_compression
+    if tower:
+        values["vision_config"] = values["vision_config"] | dict(tower)
     family = FAMILIES[model_type]
     try:
         return family.load(family.config).from_dict(values)
@@ -153,6 +158,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     language_head: bool = False,
     merge: bool = True,
+    tower: Mapping[str, Any] | None = None,
 ) -> tuple[Any, VTCProcessor]:
     """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
 
@@ -162,10 +168,11 @@ def load_backbone(
         so that one is left out; without a head, and in a reranker, it is merged.  Words are written one after the
         other, so attention is causal and nothing is masked, whatever the folder says of its embeddings.
     merge: ``False`` leaves every adapter out.
+    tower: settings of the vision tower that replace those of the folder, see :mod:`quarterlight.models.presets`.
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
-    config = load_config(folder, visual_token_compression)
+    config = load_config(folder, visual_token_compression, tower)
     if language_head:
         _say(config, causal=True, masked=None)
     family = family_of(config)

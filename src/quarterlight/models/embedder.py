@@ -69,7 +69,7 @@ class Embedder:
     """
 
     _folder: Path | None = None  # of a model in memory
-    _marker_seed: int | None = None  # of rows that the folder does not have
+    _released: Mapping[str, Any] | None = None  # what a preset changed in the model of the folder
 
     def __init__(
         self,
@@ -99,18 +99,20 @@ class Embedder:
         """
         folder = resolve_checkpoint(model)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        released = preset_of(model, folder, preset)
         backbone, processor = load_backbone(
             folder,
             visual_token_compression=visual_token_compression,
             dtype=dtype or best_dtype(place),
             device=place,
+            tower=released.tower if released else None,
         )
-        settings = load_settings(folder)
-        if released := preset_of(model, folder, preset):
+        if released:
             settings = released.settings
-            if released.marker_seed is not None:
-                with_markers(backbone, processor.tokenizer, seed=released.marker_seed)
-                self._marker_seed = released.marker_seed
+            with_markers(backbone, processor.tokenizer, seed=released.marker_seed)
+            self._released = {"marker_seed": released.marker_seed, "tower": dict(released.tower)}
+        else:
+            settings = load_settings(folder)
         self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers, packed)
         self._folder = folder
 
@@ -201,8 +203,8 @@ class Embedder:
         }
         if self._folder and (adapter := saved_adapter(self._folder)):
             recipe["adapter"] = adapter
-        if self._marker_seed is not None:
-            recipe["marker_seed"] = self._marker_seed
+        if self._released:
+            recipe["released"] = self._released
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property

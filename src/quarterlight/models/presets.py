@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from quarterlight.errors import CheckpointError, did_you_mean
 from quarterlight.models.checkpoint import read_description
@@ -33,11 +34,13 @@ class Preset:
     """that the folder's config.json must name"""
     settings: EmbedderSettings
     """how the model reads and pools"""
-    marker_seed: int | None = None
-    """of the embeddings of the markers, which are added where the tokenizer lacks them; ``None`` adds none"""
+    marker_seed: int = 0
+    """of the embeddings of the markers, which are added where they are missing"""
+    tower: Mapping[str, Any] = field(default_factory=dict)
+    """settings of the vision tower that replace those of the folder"""
 
 
-def _u_marvel(hub_id: str, model_type: str, system_prompt: str) -> Preset:
+def _u_marvel(hub_id: str, model_type: str, *, system_prompt: str = "", **changes: Any) -> Preset:
     return Preset(
         hub_id=hub_id,
         model_type=model_type,
@@ -64,17 +67,20 @@ def _u_marvel(hub_id: str, model_type: str, system_prompt: str) -> Preset:
                 }
             },
         ),
-        marker_seed=0,
+        **changes,
     )
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "u-marvel-qwen2vl-7b": _u_marvel(
-            "TencentBAC/U-MARVEL-Qwen2VL-7B-Instruct", "qwen2_vl", "You are a helpful assistant."
+            "TencentBAC/U-MARVEL-Qwen2VL-7B-Instruct", "qwen2_vl", system_prompt="You are a helpful assistant."
         ),
-        # the chat template of Qwen3-VL has no system turn of its own
-        "u-marvel-qwen3vl-4b": _u_marvel("TencentBAC/U-MARVEL-Qwen3VL-4B-Instruct", "qwen3_vl", ""),
+        # The chat template of Qwen3-VL has no system turn of its own. The code that trained these weights works out the
+        # features of DeepStack and drops them, so the language model has never seen any.
+        "u-marvel-qwen3vl-4b": _u_marvel(
+            "TencentBAC/U-MARVEL-Qwen3VL-4B-Instruct", "qwen3_vl", tower={"deepstack_visual_indexes": []}
+        ),
     }
 )
 """Name -> preset."""
