@@ -31,6 +31,7 @@ from quarterlight.mining.negatives import MineRecipe, mine, read_mined
 from quarterlight.models.checkpoint import (
     load_backbone,
     load_config,
+    load_processor,
     load_settings,
     read_description,
     resolve_checkpoint,
@@ -45,6 +46,7 @@ from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
 from quarterlight.models.pair import same_eyes, save_pair
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
@@ -415,7 +417,7 @@ class _Pipeline:
         model, processor = self._backbone(name, dtype=torch.bfloat16 if frozen else torch.float32)
         if stage.lora is not None:
             add_lora(model, stage.lora, seed=self.recipe.seed)
-        pictures = self._pictures(processor)
+        pictures = self._pictures(processor, self._settings(name).max_pixels)
         teacher, teacher_encoder = None, None
         if stage.teacher_weight:
             assert self.recipe.teacher is not None
@@ -453,6 +455,8 @@ class _Pipeline:
             add_lora(model, stage.lora, seed=self.recipe.seed)
         settings = RerankerSettings(
             max_tiles=self._settings("rerank").max_tiles,
+            max_pixels=self._settings("rerank").max_pixels,
+            positions=self._settings("rerank").positions,
             text_max_tokens=self.recipe.model.text_max_tokens,
             system_prompt=self.recipe.model.system_prompt,
             fusion_weight=stage.fusion_weight,
@@ -600,12 +604,12 @@ class _Pipeline:
         before = EmbedderSettings() if stage == "start" else load_settings(self._before(stage))
         return replace(before, text_max_tokens=model.text_max_tokens, system_prompt=model.system_prompt)
 
-    def _processor(self, stage: str) -> InternVLVTCProcessor:
-        return InternVLVTCProcessor.from_pretrained(self.folder / stage)
+    def _processor(self, stage: str) -> VTCProcessor:
+        return load_processor(self.folder / stage)
 
     def _backbone(
         self, stage: str, *, dtype: torch.dtype = torch.float32, language_head: bool = False
-    ) -> tuple[Any, InternVLVTCProcessor]:
+    ) -> tuple[Any, VTCProcessor]:
         model, processor = load_backbone(
             self._before(stage),
             visual_token_compression=self.recipe.model.visual_token_compression,
@@ -615,7 +619,7 @@ class _Pipeline:
         model.set_attn_implementation(self.recipe.model.attn_implementation)
         return model, processor
 
-    def _save(self, draft: Path, model: Any, processor: InternVLVTCProcessor, **options: Any) -> None:
+    def _save(self, draft: Path, model: Any, processor: VTCProcessor, **options: Any) -> None:
         if self.state.is_main_process:
             stage = draft.parent.name.removesuffix(".running")
             manifest = self._origin(stage)
@@ -625,8 +629,8 @@ class _Pipeline:
         """How the model of a stage was made."""
         return {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(stage)} | environment()
 
-    def _pictures(self, processor: InternVLVTCProcessor) -> Pictures:
-        return Pictures(processor.image_processor, self.recipe.augment)
+    def _pictures(self, processor: VTCProcessor, max_pixels: int | None = None) -> Pictures:
+        return Pictures(processor.image_processor, self.recipe.augment, max_pixels=max_pixels)
 
     def _teacher(self) -> Teacher:
         assert self.recipe.teacher is not None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -35,10 +35,12 @@ from transformers.initialization import no_init_weights
 from quarterlight.data.registry import find
 from quarterlight.data.retrieval import PAGE_MAX_TILES, PAGE_TASK, PICTURE_MAX_TILES, RetrievalDataset
 from quarterlight.errors import DatasetError, RecipeError, did_you_mean
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import load_config, resolve_checkpoint
-from quarterlight.models.flops import attention_flop, key_value_columns, text_flop, tower_tokens, vision_flop
+from quarterlight.models.flops import attention_flop, key_value_columns, text_flop, vision_flop
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
-from quarterlight.models.shapes import SHAPES, internvl3_config
+from quarterlight.models.settings import MAX_PIXELS
+from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
 from quarterlight.recipe import ContrastStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
@@ -213,11 +215,12 @@ class _Planner:
         if devices < 1:
             raise RecipeError(f"A plan needs at least 1 device, got {devices}.")
         self.recipe = recipe
-        self.sizes = _Sizes(recipe, data)
         self.devices = devices
         self.device = device
         self.config: Any = _config(recipe)  # transformers does not tell the types of its parts
-        self.tile_tokens = self.config.image_seq_length
+        self.backbone = backbone_of(self.config)
+        self.tile_tokens = self.backbone.tokens_per_tile(self.config)
+        self.sizes = _Sizes(recipe, data, lambda tiles: self.backbone.most_tiles(self.config, tiles, MAX_PIXELS))
         self._adapters: dict[LoraRecipe, int] = {}
 
     def stage(self, name: str) -> StagePlan:
@@ -236,6 +239,10 @@ class _Planner:
         if name in stages:
             return stages[name]()
         return StagePlan(stage=name, notes=("Seconds: random weights, and a tokenizer from the texts.",))
+
+    def _tower_flop(self, tiles: float) -> float:
+        """Operations of vision tower and connector for so many tiles, in pictures as large as natural ones may be."""
+        return vision_flop(self.config, tiles, self.sizes.most(PICTURE_MAX_TILES))
 
     def _teacher(self) -> StagePlan:
         stage = self.recipe.teacher
@@ -257,7 +264,7 @@ class _Planner:
             stage="tower",
             batch=stage.imitation.batch_size,
             steps=stage.optimizer.num_steps,
-            trained=_numel(self._embedder.vision_tower),
+            trained=_numel(self.backbone.parts(self._embedder)[0]),
             notes=("Pictures alone; its time is not estimated.",),
         )
 
@@ -276,7 +283,7 @@ class _Planner:
         tiles = length * share / self.tile_tokens
         model = self._model(language_head=True)
         trained = _numel(model)
-        layers = vision_flop(self.config, tiles) + text_flop(self.config, length)
+        layers = self._tower_flop(tiles) + text_flop(self.config, length)
         head = 2 * _numel(model.lm_head) * length * (1 - share) * LABEL_SHARE
         # the head goes slice by slice, and every slice is computed again in the backward pass
         pack = (3 + optimizer.gradient_checkpointing) * layers + 4 * head
@@ -369,8 +376,8 @@ class _Planner:
         flop += 3 * answers * 2 * _numel(model.lm_head)
         pictures, kept = self._pictures_of(stage)
         drawn = steps * batch * visual / self.tile_tokens
-        flop_in_all = steps * batch * flop + vision_flop(self.config, min(drawn, pictures + (1 - kept) * drawn))
-        frozen = _numel(model.base_model.vision_tower) + _numel(model.base_model.multi_modal_projector)
+        flop_in_all = steps * batch * flop + self._tower_flop(min(drawn, pictures + (1 - kept) * drawn))
+        frozen = sum(_numel(part) for part in self.backbone.parts(model))
         trained = _numel(model) - frozen if stage.lora is None else self._trained(stage.lora)
         rest = (_numel(model) - (0 if stage.lora else trained)) * (2 if stage.lora and optimizer.bf16 else 4)
         activations = rest + self._saved_bytes(longest, 0, optimizer.gradient_checkpointing, stage.lora)
@@ -407,12 +414,12 @@ class _Planner:
             task.num_queries * task.query.tiles + task.num_candidates * task.candidate.tiles
             for task in self.sizes.distinct("rerank")
         )
-        size = tiles * self.tile_tokens * self.config.text_config.hidden_size * (2 if stage.optimizer.bf16 else 4)
+        size = tiles * self.tile_tokens * self.backbone.width(self.config) * (2 if stage.optimizer.bf16 else 4)
         return tiles, min(1.0, stage.loss.visual_tokens_bytes / size) if size else 1.0
 
     def _train_flop(self, side: _Side, stage: ContrastStage, again: bool) -> float:
         """Operations of forward and backward for one query or candidate: the sum at the top of this file."""
-        tower = vision_flop(self.config, side.tiles)
+        tower = self._tower_flop(side.tiles)
         looked = 1 + again if stage.lora else 3 + stage.optimizer.gradient_checkpointing + again
         return looked * tower + self._language_flop(side.tokens(self.tile_tokens), stage, again)
 
@@ -433,7 +440,7 @@ class _Planner:
             for side, count in ((task.query, task.num_queries), (task.candidate, task.num_candidates)):
                 tokens += count * side.tokens(self.tile_tokens)
                 visual += count * side.tiles * self.tile_tokens
-                flop += count * vision_flop(self.config, side.tiles)
+                flop += count * self._tower_flop(side.tiles)
                 flop += count * text_flop(self.config, side.tokens(self.tile_tokens))
             flop += 2.0 * columns * task.num_queries * task.num_candidates
         stored = 4 * columns * sum(task.num_queries + task.num_candidates for task in tasks)
@@ -457,7 +464,9 @@ class _Planner:
         for task in self.sizes.distinct("judge"):
             if task.label not in recipe.exempt:
                 count = task.num_queries * min(kept, task.num_candidates)
-                pictures = (task.query.tiles + task.candidate.tiles) * JUDGE_TILE_TOKENS
+                pictures = (
+                    (task.query.tiles + task.candidate.tiles) / self.sizes.most(PICTURE_MAX_TILES) * JUDGE_TILE_TOKENS
+                )
                 pairs += count
                 visual += count * pictures
                 tokens += count * (JUDGE_PROMPT_TOKENS + task.query.text + task.candidate.text + pictures)
@@ -498,7 +507,7 @@ class _Planner:
         The coefficients are what autograd keeps of a layer under bfloat16 autocast (tests/test_plan.py counts it on
         single layers).  With checkpointing, every layer keeps its input, and one at a time the rest.
         """
-        text, vision = self.config.text_config, self.config.vision_config
+        text, vision = self.config.text_config, self.backbone.tower(self.config)
         d = text.hidden_size
         other = 8 * text.intermediate_size + 4 * key_value_columns(self.config)
         if lora is None:
@@ -508,11 +517,11 @@ class _Planner:
         else:
             layer, entry = 25 * d + other, 2 * d
         saved = tokens * _kept(text.num_hidden_layers, layer, entry, checkpointing)
-        d, patches = vision.hidden_size, tiles * tower_tokens(self.config)
+        d, patches = vision.width, tiles * vision.sequence
         if lora is not None:  # nothing is kept of a frozen tower but what the layer at work has in hand
-            return saved + patches * (6 * d + 4 * vision.intermediate_size)
-        layer = 28 * d + 4 * vision.intermediate_size
-        return saved + patches * _kept(vision.num_hidden_layers, layer, 4 * d, checkpointing)
+            return saved + patches * (6 * d + 4 * vision.mlp)
+        layer = 28 * d + 4 * vision.mlp
+        return saved + patches * _kept(vision.num_layers, layer, 4 * d, checkpointing)
 
     @cached_property
     def _embedder(self) -> Any:
@@ -548,12 +557,12 @@ def _gigabytes(size: float) -> str:
 
 
 def _shape(checkpoint: str | None) -> str | None:
-    """``2B`` of OpenGVLab/InternVL3-2B-hf; ``None`` for another model."""
-    found = re.fullmatch(r"OpenGVLab/InternVL3-(\w+)-hf", checkpoint or "")
-    return found[1] if found and found[1] in SHAPES else None
+    """``2B`` of OpenGVLab/InternVL3-2B-hf, ``Qwen2-VL-2B`` of Qwen/Qwen2-VL-2B-Instruct; ``None`` for another model."""
+    found = re.fullmatch(r"(?:OpenGVLab/InternVL3-|Qwen/)([\w.-]+)-(?:hf|Instruct)", checkpoint or "")
+    return found[1] if found and found[1] in {**SHAPES, **QWEN_SHAPES} else None
 
 
-def _config(recipe: Recipe) -> InternVLVTCConfig:
+def _config(recipe: Recipe) -> Any:
     """The sizes of the recipe's model, without reading or fetching its weights."""
     model = recipe.model
     if model.checkpoint is None:
@@ -564,7 +573,7 @@ def _config(recipe: Recipe) -> InternVLVTCConfig:
             visual_token_compression=model.visual_token_compression,
         )
     if (shape := _shape(model.checkpoint)) is not None:
-        return internvl3_config(shape, visual_token_compression=model.visual_token_compression)
+        return shape_config(shape, visual_token_compression=model.visual_token_compression)
     return load_config(resolve_checkpoint(model.checkpoint), model.visual_token_compression)
 
 
@@ -606,9 +615,11 @@ class _Source:
 class _Sizes:
     """How much data a recipe has, and of what size: as it lies there, or as the recipe says."""
 
-    def __init__(self, recipe: Recipe, data: Path | None) -> None:
+    def __init__(self, recipe: Recipe, data: Path | None, most: Callable[[int], int]) -> None:
+        """most: the most tiles of a picture that may have so many, as the backbone cuts pictures."""
         self.recipe = recipe
         self.data = data
+        self.most = most
         self._measured: dict[str, _Task] = {}
 
     def tasks(self, stage: str) -> list[_Task]:
@@ -625,7 +636,7 @@ class _Sizes:
         """The entries of the data of ``restore``."""
         stage = self.recipe.restore
         assert stage is not None
-        most = _with_thumbnail(stage.loss.max_tiles)
+        most = self.most(stage.loss.max_tiles)
         return [self._source(one, most) for one in stage.data]
 
     def _task(self, one: TaskRecipe) -> _Task:
@@ -635,7 +646,7 @@ class _Sizes:
             raise self._missing(one.label)
         tiles = one.max_tiles or (PAGE_MAX_TILES if one.dataset in self._pages else PICTURE_MAX_TILES)
         query, candidate = (
-            _Side(text=TEXT_TOKENS * ("t" in side), tiles=_with_thumbnail(tiles) * (side != "t"))
+            _Side(text=TEXT_TOKENS * ("t" in side), tiles=self.most(tiles) * (side != "t"))
             for side in one.task.split("2")
         )
         return _Task(
@@ -670,7 +681,7 @@ class _Sizes:
         longest = self.recipe.model.text_max_tokens
         return _Side(
             text=statistics.fmean(min(longest, len(item.text or "") / _CHARACTERS) for item in items),
-            tiles=statistics.fmean(len(one.images) * _with_thumbnail(max_tiles or one.max_tiles or 1) for one in items),
+            tiles=statistics.fmean(len(one.images) * self.most(max_tiles or one.max_tiles or 1) for one in items),
         )
 
     def _source(self, one: SourceRecipe, most: int) -> _Source:
@@ -697,11 +708,6 @@ class _Sizes:
     def _missing(self, label: str) -> RecipeError:
         where = f"not in {self.data}" if self.data else "not known without --data"
         return RecipeError(f"{label} cannot be planned: it is {where}, and the recipe does not say how many `samples`.")
-
-
-def _with_thumbnail(tiles: int) -> int:
-    """Tiles of a picture that may have so many: more than one bring a thumbnail of the whole."""
-    return tiles + 1 if tiles > 1 else tiles
 
 
 def _conversations(path: Path, weight: float, most: int) -> _Source:

@@ -66,11 +66,10 @@ def plain_qwen(family: str, folder: Path, tokenizer: Any) -> Path:
     tokenizer = qwen_tokenizer(tokenizer)
     config_class, model_class = _CLASSES[family]
     start, end, image, video = tokenizer.convert_tokens_to_ids(_TOKENS)
-    sections = [2, 1, 1] if family != "qwen3_vl" else [2, 1, 1]
     text = {
         **_TEXT,
         "vocab_size": len(tokenizer),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     }
     if family == "qwen3_vl":
         text["head_dim"] = 8

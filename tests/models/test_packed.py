@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.models.qwen import QWEN, plain_qwen
 
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import load_backbone
@@ -21,7 +22,6 @@ from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.shared_prefix import common_prefix, embed_shared_prefix
 from quarterlight.models.tokenizer import with_markers
 from quarterlight.records import Item
-from tests.models.qwen import QWEN, plain_qwen
 
 Pictures = Callable[..., Image.Image]
 

@@ -13,23 +13,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.models.qwen import QWEN, plain_qwen
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from quarterlight.errors import CheckpointError, ImageError
+from quarterlight.errors import CheckpointError, ImageError, InputError
+from quarterlight.images import load_image
 from quarterlight.models.backbones import backbone_of
-from quarterlight.models.checkpoint import load_backbone, load_config, load_settings, save_checkpoint
+from quarterlight.models.checkpoint import load_backbone, load_config, load_settings, save_checkpoint, save_reranker
 from quarterlight.models.compression import compress_grid, compressed_grid
 from quarterlight.models.embedder import Embedder
-from quarterlight.models.inputs import InputFormatter
+from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
+from quarterlight.models.pair import load_pair, save_pair
 from quarterlight.models.positions import Positions
 from quarterlight.models.qwen_vtc import QwenVTCImageProcessor, QwenVTCProcessor
-from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.reranker import Reranker
+from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
-
-from tests.models.qwen import QWEN, plain_qwen
 
 Pictures = Callable[..., Image.Image]
 
@@ -190,7 +192,7 @@ def test_limits_of_pictures(plain: Path, picture: Pictures) -> None:
 
 def test_embedder_names_a_picture_it_cannot_read(plain: Path) -> None:
     embedder = Embedder(plain, dtype=torch.float32, device="cpu")
-    with pytest.raises(ImageError, match="Item 1: .* one side may be"):
+    with pytest.raises(ImageError, match=r"Item 1: .* one side may be"):
         embedder.encode_document(["x", Image.new("RGB", (900, 2))])
 
 
@@ -278,3 +280,73 @@ def test_auto_classes_know_all_families(tmp_path: Path, tokenizer: Any) -> None:
             "assert processor.visual_token_compression == 2",
         ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=300)
+
+
+def test_reranker_equals_full_prompts(plain: Path, tmp_path: Path, items: list[Any]) -> None:
+    """Shared prefixes, visual tokens worked out once and M-RoPE's positions, against one plain pass for each prompt."""
+    model, processor = load_backbone(plain, visual_token_compression=2, language_head=True)
+    saved = save_reranker(tmp_path / "saved", model, processor, RerankerSettings(max_pixels=30 * 64))
+    reranker = Reranker(saved, dtype=torch.float32, device="cpu", tokens_per_batch=200)
+    formatter = reranker.formatter
+    candidates = [Item.parse(item) for item in items]
+    for query in (candidates[0], candidates[2], Item(image=items[1], text="not this")):
+        for listwise in (False, True):
+            expected: list[float] = []
+            for row in [candidates] if listwise else [[one] for one in candidates]:
+                tail = formatter.list_tail(row) if listwise else formatter.tails(row)[0]
+                prompt = TokenizedPrompt(formatter.prefix(query, listwise=listwise).runs + tail.runs)
+                shown = [
+                    processor.image_processor.cut(load_image(source), one.max_tiles, 30 * 64)
+                    for one in (query, *row)
+                    for source in one.images
+                ]
+                ids, _ = formatter.tokenize.expand(prompt, [one.grid for one in shown])
+                inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+                if shown:
+                    pixels = torch.from_numpy(np.concatenate([one.pixels for one in shown]))
+                    inputs["pixel_values"] = processor.image_processor.normalize_tiles(pixels)
+                    inputs["image_grid_thw"] = torch.tensor([(1, 2 * one.grid[0], 2 * one.grid[1]) for one in shown])
+                    inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).int()
+                with torch.inference_mode():
+                    reranker.model.model.rope_deltas = None
+                    logits = reranker.model(**inputs).logits[0, -1]
+                words = (
+                    reranker.answers.numbers[: len(row)] if listwise else (reranker.answers.yes, reranker.answers.no)
+                )
+                scores = logits[list(words)].softmax(0).tolist()
+                expected += scores if listwise else scores[:1]
+            if listwise:
+                found = {one["corpus_id"]: one["score"] for one in reranker.rank_listwise(query, candidates)}
+                np.testing.assert_allclose([found[n] for n in range(len(candidates))], expected, atol=1e-5)
+            else:
+                np.testing.assert_allclose(reranker.score(query, candidates), expected, atol=1e-5)
+            assert np.ptp(expected) > 1e-3
+
+
+def test_visual_tokens_are_not_stored_without_their_picture(plain: Path, items: list[Any]) -> None:
+    model, processor = load_backbone(plain, language_head=True)
+    embedder = Embedder.from_model(model, processor, EmbedderSettings())
+    rows, tokens = embedder.encode_document_with_visual_tokens(items[:3])
+    assert tokens == [None, None, None]
+    np.testing.assert_allclose(rows, embedder.encode_document(items[:3]), atol=1e-6)
+    reranker = Reranker.from_model(model, processor, RerankerSettings())
+    with pytest.raises(InputError, match="Candidate 0: unsaved cannot use visual_tokens without the picture"):
+        reranker.score("x", [items[1]], visual_tokens=[np.zeros((15, 32), np.float16)])
+
+
+def test_a_pair_shares_its_eyes(plain: Path, tmp_path: Path, items: list[Any]) -> None:
+    model, processor = load_backbone(plain, visual_token_compression=2, language_head=True)
+    embedder = save_checkpoint(tmp_path / "embedder", model, processor, EmbedderSettings())
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight.add_(0.1)
+    reranker = save_reranker(tmp_path / "reranker", model, processor, RerankerSettings())
+    first, second = load_pair(save_pair(tmp_path / "pair", embedder, reranker), dtype=torch.float32, device="cpu")
+    assert first.vision_hash == second.vision_hash
+    alone = Embedder(embedder, dtype=torch.float32, device="cpu"), Reranker(reranker, dtype=torch.float32, device="cpu")
+    np.testing.assert_array_equal(first.encode_query(items), alone[0].encode_query(items))
+    np.testing.assert_allclose(second.score("x", items[:3]), alone[1].score("x", items[:3]), atol=1e-6)
+    with torch.no_grad():
+        model.model.visual.patch_embed.proj.weight.add_(0.1)
+    other = save_reranker(tmp_path / "other", model, processor, RerankerSettings())
+    with pytest.raises(CheckpointError, match="differ in vision tower"):
+        save_pair(tmp_path / "none", embedder, other)

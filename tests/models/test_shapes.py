@@ -11,9 +11,18 @@ from transformers import AutoModelForImageTextToText
 from quarterlight.errors import InputError
 from quarterlight.models import shapes
 from quarterlight.models.internvl_vtc import InternVLVTCConfig
-from quarterlight.models.shapes import SHAPES, build_random, internvl3_config
+from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, build_random, internvl3_config, shape_config
 
 PARAMETERS = {"1B": 0.938e9, "2B": 2.09e9, "8B": 7.94e9, "14B": 15.1e9}  # as the model cards of InternVL3 say
+
+
+QWEN_PARAMETERS = {  # of the files on the hub
+    "Qwen2-VL-2B": 2_208_985_600,
+    "Qwen2-VL-7B": 8_291_375_616,
+    "Qwen2.5-VL-7B": 8_292_166_656,
+    "Qwen3-VL-4B": 4_437_815_808,
+    "Qwen3-VL-8B": 8_767_123_696,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -21,6 +30,19 @@ def test_number_of_parameters(shape: str) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(internvl3_config(shape))
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(PARAMETERS[shape], rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", QWEN_SHAPES)
+def test_number_of_parameters_of_qwen(shape: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shape_config(shape, visual_token_compression=2))
+    assert sum(weight.numel() for weight in model.parameters()) == QWEN_PARAMETERS[shape]
+    assert model.config.visual_token_compression == 2
+
+
+def test_unknown_qwen_shapes_name_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"no Qwen-VL shape 'Qwen2-VL-3B'.*Qwen2-VL-2B"):
+        shape_config("Qwen2-VL-3B")
 
 
 def test_tokens_of_a_tile() -> None:

@@ -172,8 +172,8 @@ def test_a_picture_is_looked_at_once(tiny_checkpoint: Path, task: RetrievalTask)
     bench.writer.train()
     assert bench.model.training and not bench.model.model.vision_tower.training
     tight = VisualTokens(100)
-    tight.put("large", torch.zeros(26))
-    tight.put("small", torch.zeros(25))
+    tight.put("large", torch.zeros(26), 1)
+    tight.put("small", torch.zeros(25), 1)
     assert "small" in tight and "large" not in tight
 
 

@@ -19,8 +19,9 @@ from quarterlight.errors import InputError
 PROMPT_TOKENS = {"natural image": 19, "document page": 20}
 """Tokens of the paper's candidate template around the visual tokens, counted with Qwen2's tokenizer."""
 
-TILES = {"natural image": 1, "document page": 5}
-"""Tiles per candidate: one, or four and a thumbnail (Magic-MM-Embedding, section 5.2)."""
+MAX_TILES = {"natural image": 1, "document page": 4}
+"""Of a candidate, as large as it may be: for an InternVL a tile, or four and a thumbnail (Magic-MM-Embedding, section
+5.2); for a Qwen-VL as many times the pixels of a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Case:
 
 
 def bench_vtc(
-    shape: Annotated[str, typer.Option(help="InternVL3 shape: 1B, 2B, 8B or 14B.")] = "2B",
+    shape: Annotated[str, typer.Option(help="InternVL3 shape (1B, 2B, 8B, 14B) or Qwen-VL (Qwen2-VL-2B, ...).")] = "2B",
     compression: Annotated[int, typer.Option(help="The s that is compared with s = 1: 2 or 4.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Candidates that are embedded together.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every case once. One more warms up.")] = 5,
@@ -99,8 +100,9 @@ def bench_vtc(
                 bar.advance(line)
     rounds = {key: samples[key][1:] for key in cases}  # without the warm-up
     timings = [_timing(case, rounds[key], ceiling, batch) for key, case in cases.items()]
-    ratios = [_ratio(kind, compression, rounds[kind, 1], rounds[kind, compression]) for kind in TILES]
-    _print(timings, ratios, ceiling, title=f"InternVL3-{shape}, bfloat16, {device}, {batch} together, ms per candidate")
+    ratios = [_ratio(kind, compression, rounds[kind, 1], rounds[kind, compression]) for kind in MAX_TILES]
+    title = shape if "VL" in shape else f"InternVL3-{shape}"
+    _print(timings, ratios, ceiling, title=f"{title}, bfloat16, {device}, {batch} together, ms per candidate")
     record = {
         "benchmark": "vtc",
         "settings": {"shape": shape, "dtype": "bfloat16", "device": device, "batch": batch, "repeats": repeats},
@@ -115,24 +117,43 @@ def _cases(shape: str, factors: tuple[int, ...], device: str, batch: int) -> dic
     """(kind of candidate, s) -> what is timed; all share one set of weights."""
     import torch
 
-    from quarterlight.models.shapes import build_random, internvl3_config
+    from quarterlight.models.backbones import backbone_of
+    from quarterlight.models.shapes import build_random, shape_config
 
     weights = build_random(shape, device=device)
+    backbone = backbone_of(weights.config)
     cases = {}
-    for kind, tiles in TILES.items():
+    for kind in MAX_TILES:
         for factor in factors:
             model = copy.copy(weights)
-            model.config = config = internvl3_config(shape, visual_token_compression=factor)
-            pixels = torch.randn(
-                batch * tiles, 3, *config.vision_config.image_size, device=device, dtype=torch.bfloat16
-            )
-            visual = tiles * config.image_seq_length
+            model.config = config = shape_config(shape, visual_token_compression=factor)
+            grids = [_grid(config, kind)] * batch
+            shape_of_pixels = backbone.pixels_shape(config, grids)
+            pixels = torch.randn(shape_of_pixels, device=device, dtype=torch.bfloat16)
+            visual = _visual_tokens(config, kind)
             ids = torch.randint(150_000, (batch, PROMPT_TOKENS[kind] + visual), device=device)
             ids[:, 8 : 8 + visual] = config.image_token_id
-            vision = functools.partial(model.get_image_features, pixels, return_dict=True)
-            text = functools.partial(model, ids, mm_encoder_outputs={"image": vision()}, use_cache=False)
+            vision = functools.partial(backbone.see, model, pixels, grids)
+            seen = backbone.encoder_outputs(config, vision())
+            text = functools.partial(model, ids, mm_encoder_outputs=seen, use_cache=False)
             cases[kind, factor] = Case(kind, config, vision, text)
     return cases
+
+
+def _grid(config: Any, kind: str) -> Any:
+    """The picture of a candidate."""
+    from quarterlight.models.backbones import backbone_of
+    from quarterlight.models.settings import MAX_PIXELS
+
+    return backbone_of(config).largest(config, MAX_TILES[kind], MAX_PIXELS)
+
+
+def _visual_tokens(config: Any, kind: str) -> int:
+    """Of a candidate."""
+    from quarterlight.models.backbones import backbone_of
+
+    backbone = backbone_of(config)
+    return backbone.num_rows(config, _grid(config, kind)) * backbone.tokens_per_row(config)
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,10 +163,10 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _work(config: Any, kind: str) -> tuple[tuple[float, float], tuple[float, float]]:
     """(floating-point operations, bytes of weights) of the vision half and of the language half for one candidate."""
     from quarterlight.models import flops
+    from quarterlight.models.tiles import num_tiles
 
-    tiles = TILES[kind]
-    tokens = PROMPT_TOKENS[kind] + tiles * config.image_seq_length
-    vision = flops.vision_flop(config, tiles), 2.0 * flops.vision_weights(config)
+    tokens = PROMPT_TOKENS[kind] + _visual_tokens(config, kind)
+    vision = flops.vision_flop(config, num_tiles(_grid(config, kind))), 2.0 * flops.vision_weights(config)
     return vision, (flops.text_flop(config, tokens), 2.0 * flops.text_weights(config))
 
 
@@ -157,7 +178,7 @@ def _timing(case: Case, rounds: list[tuple[float, float]], ceiling: dict[str, fl
     return Timing(
         candidate=case.kind,
         compression=case.config.visual_token_compression,
-        tokens=PROMPT_TOKENS[case.kind] + TILES[case.kind] * case.config.image_seq_length,
+        tokens=PROMPT_TOKENS[case.kind] + _visual_tokens(case.config, case.kind),
         vision_ms=1e3 * statistics.median(vision for vision, _ in rounds),
         text_ms=1e3 * statistics.median(text for _, text in rounds),
         total_ms=1e3 * statistics.median(vision + text for vision, text in rounds),

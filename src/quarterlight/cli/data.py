@@ -101,11 +101,10 @@ def check(
 
 
 def _tokenizer(model: str, max_tiles: int) -> Tokenize:
-    from quarterlight.models.checkpoint import resolve_checkpoint  # seconds of import
-    from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+    from quarterlight.models.checkpoint import load_processor, resolve_checkpoint  # seconds of import
     from quarterlight.training.restore import ConversationTokenizer
 
-    return ConversationTokenizer(InternVLVTCProcessor.from_pretrained(resolve_checkpoint(model)), max_tiles)
+    return ConversationTokenizer(load_processor(resolve_checkpoint(model)), max_tiles)
 
 
 def _print_problems(problems: list[str]) -> None:

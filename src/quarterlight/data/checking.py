@@ -102,7 +102,7 @@ def _count_tokens(counts: Counter[str], one: Conversation, tokenize: Tokenize) -
     counts["tokens"] += len(sample)
     counts["labelled tokens"] += int(sample.labelled.sum())
     counts["most tokens"] = max(counts["most tokens"], len(sample))
-    counts["tiles"] += sum(sample.tiles)
+    counts["tiles"] += sample.num_tiles
 
 
 def _check_dataset(dataset: RetrievalDataset, pictures: _Pictures, on_row: Callable[[], None]) -> Iterator[Findings]:

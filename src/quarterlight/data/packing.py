@@ -33,18 +33,24 @@ class Sample:
     """A conversation as tokens.
 
     ids: int32 [L].  labelled: bool [L], which of them the model is to write.
-    images: its pictures.  tiles: of each.  image_ends: for each, the place after its last token.
+    images: its pictures.  tiles: of each, their number or their rows and columns.
+    image_ends: for each, the place after its last token.
     """
 
     id: str
     ids: npt.NDArray[np.int32]
     labelled: npt.NDArray[np.bool_]
     images: tuple[ImageSource, ...] = ()
-    tiles: tuple[int, ...] = ()
+    tiles: tuple[int | tuple[int, int], ...] = ()
     image_ends: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def num_tiles(self) -> int:
+        """Of all pictures."""
+        return sum(one if isinstance(one, int) else one[0] * one[1] for one in self.tiles)
 
 
 Tokenize = Callable[[Conversation], Sample]

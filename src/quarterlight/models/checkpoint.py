@@ -50,7 +50,8 @@ from transformers.utils.import_utils import is_peft_available
 
 from quarterlight.errors import CheckpointError
 from quarterlight.models.adapter import has_adapter, merge_lora, weights_without_adapter
-from quarterlight.models.backbones import FAMILIES, backbone_of, family_of, model_type_of
+from quarterlight.models.backbones import FAMILIES, backbone_named, backbone_of, family_of, our_model_type
+from quarterlight.models.backbones.backbone import Backbone
 from quarterlight.models.inputs import check_markers
 from quarterlight.models.masked_instruction import MASKED_INSTRUCTION
 from quarterlight.models.pooling import Attention, PoolingMode
@@ -133,7 +134,7 @@ def load_config(
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no readable config.json: {error}") from error
-    model_type = model_type_of(config)
+    model_type = our_model_type(config.model_type)
     if model_type is None:
         titles = ", ".join(family.title for family in FAMILIES.values())
         raise CheckpointError(f"{folder} holds a {config.model_type!r} model: expected an {titles}.")
@@ -192,6 +193,21 @@ def load_backbone(
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them.")
     return model.to(device).eval(), processor
+
+
+def backbone_in(folder: Path) -> Backbone:
+    """The adapter for the model of a folder, of whose configuration only the model type is read.
+
+    Raises CheckpointError when it is of no known family.
+    """
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} has no readable config.json: {error}") from error
+    model_type = our_model_type(found)
+    if model_type is None:
+        raise CheckpointError(f"{folder} holds a {found!r} model: expected one of {', '.join(FAMILIES)}.")
+    return backbone_named(model_type)
 
 
 def load_processor(folder: Path, config: Any = None) -> VTCProcessor:
@@ -605,11 +621,6 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def eye_names(config: Any) -> tuple[str, ...]:
-    """How the names of weights begin, after the name of the model, that are the eyes of embedder and reranker."""
-    return tuple(f"{name}." for name in backbone_of(config).eyes)
-
-
 def vision_hash(folder: Path | None, model: Any, processor: VTCProcessor) -> str:
     """SHA-256, in hex, of all that changes a visual token: vision tower, connector, s, and how pictures become tiles.
 
@@ -617,7 +628,7 @@ def vision_hash(folder: Path | None, model: Any, processor: VTCProcessor) -> str
     """
     config = model.config
     backbone = backbone_of(config)
-    parts = eye_names(config)
+    parts = [f"{name}." for name in backbone.eyes]
     weights = saved_tensors(folder, parts) if folder else sorted(model.base_model.state_dict().items())
     eyes = {"".join(name.partition(part)[1:]): one for name, one in weights for part in parts if part in name}
     recipe = {

@@ -384,7 +384,7 @@ class Embedder:
 
     def _picture(self, source: ImageSource, max_tiles: int) -> _Picture:
         tiles = self._formatter.cut(source, max_tiles)
-        digest = hashlib.blake2b(tiles.pixels, digest_size=16)
+        digest = hashlib.blake2b(tiles.pixels.data, digest_size=16)
         digest.update(repr(tiles.grid).encode())
         return _Picture(tiles, digest.digest())
 

@@ -7,34 +7,41 @@ from __future__ import annotations
 
 from typing import Any
 
+from quarterlight.models.backbones import backbone_of
+
 
 def vision_weights(config: Any) -> int:
     """Entries of the matrices that a tile passes: patch embedding, vision tower, and connector."""
-    vision = config.vision_config
-    return _tower_layers(vision) + _patch_embedding(vision) + _connector(config)
+    tower = backbone_of(config).tower(config)
+    return tower.num_layers * tower.layer + tower.embedding + tower.connector
 
 
-def vision_flop(config: Any, tiles: float) -> float:
-    """Of tower and connector, for so many tiles. Compression comes between them and costs nothing to speak of."""
-    vision = config.vision_config
-    sequence = tower_tokens(config)
-    patches = sequence - 1
-    attention = vision.num_hidden_layers * 4 * sequence**2 * vision.hidden_size
-    tower = 2 * sequence * _tower_layers(vision) + 2 * patches * _patch_embedding(vision) + attention
-    return tiles * (tower + 2 * config.image_seq_length * _connector(config))
+def vision_flop(config: Any, tiles: float, picture_tiles: float | None = None) -> float:
+    """Of tower and connector, for so many tiles. Compression, between them or behind, costs nothing to speak of.
+
+    picture_tiles: those of one picture, where they see each other; ``None`` for all of them.
+    """
+    tower = backbone_of(config).tower(config)
+    seen = float(tower.sequence) if tower.tiles_are_pictures else tower.sequence * (picture_tiles or tiles)
+    whole = tower.num_layers if tower.whole_layers is None else tower.whole_layers
+    windowed = (tower.num_layers - whole) * min(seen, tower.window or seen)
+    sequence = tiles * tower.sequence
+    attention = 4 * sequence * (whole * seen + windowed) * tower.width
+    layers = 2 * sequence * tower.num_layers * tower.layer + attention
+    return layers + 2 * tiles * (tower.patches * tower.embedding + tower.outputs * tower.connector)
 
 
 def tower_tokens(config: Any) -> int:
-    """Tokens of a tile in the vision tower: its patches, and the CLS token."""
-    vision = config.vision_config
-    return 1 + (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
+    """Tokens of a tile in the vision tower: its patches and, of an InternVL, the CLS token."""
+    return backbone_of(config).tower(config).sequence
 
 
 def text_weights(config: Any) -> int:
     """Entries of the matrices of the language model's layers; its embeddings and its head are not among them."""
     text = config.text_config
-    d, grouped = text.hidden_size, key_value_columns(config)
-    return text.num_hidden_layers * (2 * d * d + 2 * d * grouped + 3 * d * text.intermediate_size)
+    d = text.hidden_size
+    attention = 2 * d * query_columns(config) + 2 * d * key_value_columns(config)
+    return int(text.num_hidden_layers * (attention + 3 * d * text.intermediate_size))
 
 
 def text_flop(config: Any, tokens: float) -> float:
@@ -44,26 +51,20 @@ def text_flop(config: Any, tokens: float) -> float:
 
 def attention_flop(config: Any, tokens: float) -> float:
     """Of the scores and the mixing in :func:`text_flop`: half of the square, as attention is causal."""
+    return config.text_config.num_hidden_layers * 4 * tokens**2 * query_columns(config) / 2
+
+
+def query_columns(config: Any) -> int:
+    """Columns of the queries of the language model, which need not be those of its hidden states."""
     text = config.text_config
-    return text.num_hidden_layers * 4 * tokens**2 * text.hidden_size / 2
+    return int(text.num_attention_heads * _head_columns(text))
 
 
 def key_value_columns(config: Any) -> int:
     """Columns of the keys of the language model."""
     text = config.text_config
-    return text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    return int(text.num_key_value_heads * _head_columns(text))
 
 
-def _tower_layers(vision: Any) -> int:
-    d = vision.hidden_size
-    return vision.num_hidden_layers * (4 * d * d + 2 * d * vision.intermediate_size)
-
-
-def _patch_embedding(vision: Any) -> int:
-    return 3 * vision.patch_size[0] * vision.patch_size[1] * vision.hidden_size
-
-
-def _connector(config: Any) -> int:
-    """Two layers behind the pixel shuffle, which puts four patches side by side."""
-    d = config.text_config.hidden_size
-    return 4 * config.vision_config.hidden_size * d + d * d
+def _head_columns(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -214,7 +214,8 @@ class InputFormatter:
 
     def cut(self, source: ImageSource, max_tiles: int) -> Tiles:
         """A picture in so many tiles at most, cut up. Raises ImageError."""
-        return self.processor.image_processor.cut(load_image(source), max_tiles, self.settings.max_pixels)  # type: ignore[no-any-return]
+        tiles: Tiles = self.processor.image_processor.cut(load_image(source), max_tiles, self.settings.max_pixels)
+        return tiles
 
     def most_tiles(self, max_tiles: int) -> int:
         """Tiles that :meth:`cut` makes, at most."""

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -30,10 +30,9 @@ from quarterlight.errors import CheckpointError
 from quarterlight.models.checkpoint import (
     RERANKER,
     SETTINGS_FILE,
-    eye_names,
+    backbone_in,
     load_adapter,
     load_backbone,
-    load_config,
     load_processor,
     load_reranker_settings,
     load_settings,
@@ -52,8 +51,8 @@ _INDEX = "model.safetensors.index.json"
 def same_eyes(embedder: Path, reranker: Path) -> bool:
     """Whether two folders have the same weights of vision tower and connector, to the bit."""
     ours, theirs = _tensors(embedder), _tensors(reranker)
-    parts = eye_names(load_config(embedder))
-    names = {name for name in (*ours, *theirs) if any(part in name for part in parts)}
+    eyes = [f"{part}." for part in backbone_in(embedder).eyes]
+    names = {name for name in (*ours, *theirs) if any(part in name for part in eyes)}
     return all(_equal(name, ours, theirs) for name in names)
 
 
@@ -85,12 +84,14 @@ def save_pair(folder: str | os.PathLike[str], embedder: Path, reranker: Path) ->
             reranker, inside, ignore=lambda where, names: _weights(names) if Path(where) == reranker else ()
         )
         shared, others = _tensors(embedder), _tensors(reranker)
-        own = {name: _read(name, others) for name in others if not _equal(name, shared, others)}
+        # under the names that the embedder's files have for them: of two names for one weight, either might count
+        place = {name: shared.get(name, one) for name, one in others.items()}
+        own = {place[name].name: _read(name, others) for name in others if not _equal(name, shared, others)}
         if own:
             save_file(own, inside / _OWN, metadata={"format": "pt"})
-        place = {name: _OWN if name in own else f"../{shared[name].name}" for name in others}
+        files = {one.name: _OWN if one.name in own else f"../{one.file.name}" for one in place.values()}
         size = sum(_read(name, others).nbytes for name in others)
-        index = {"metadata": {"total_size": size}, "weight_map": place}
+        index = {"metadata": {"total_size": size}, "weight_map": files}
         (inside / _INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -154,9 +155,11 @@ def _same_shapes(embedder: Path, reranker: Path) -> bool:
     ours, theirs = ({name for name in _tensors(one) if "lm_head" not in name} for one in (embedder, reranker))
     if ours != theirs:
         return False
-    shapes = [
-        {name: one.shape for name, one in saved_tensors(folder) if name in ours} for folder in (embedder, reranker)
-    ]
+    shapes = []
+    for folder in (embedder, reranker):
+        backbone = backbone_in(folder)
+        named = ((backbone.base_name(name), one) for name, one in saved_tensors(folder))
+        shapes.append({name: one.shape for name, one in named if name in ours})
     return shapes[0] == shapes[1]
 
 
@@ -167,25 +170,34 @@ def _spelling(folder: Path) -> list[Any]:
     return [model["vocab"], model["merges"], content["added_tokens"], content["normalizer"], content["pre_tokenizer"]]
 
 
-def _tensors(folder: Path) -> dict[str, Path]:
-    """Weight -> the file that it is in."""
-    place: dict[str, Path] = {}
+class _Saved(NamedTuple):
+    """A weight in a file, and its name there."""
+
+    file: Path
+    name: str
+
+
+def _tensors(folder: Path) -> dict[str, _Saved]:
+    """Name that a weight has without a language head -> where it is."""
+    backbone = backbone_in(folder)
+    place: dict[str, _Saved] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            place.update(dict.fromkeys(tensors.keys(), file))
+            names = list(tensors.keys())
+        place.update({backbone.base_name(name): _Saved(file, name) for name in names})
     return place
 
 
-def _equal(name: str, ours: Mapping[str, Path], theirs: Mapping[str, Path]) -> bool:
+def _equal(name: str, ours: Mapping[str, _Saved], theirs: Mapping[str, _Saved]) -> bool:
     if name not in ours or name not in theirs:
         return False
     one, other = _read(name, ours), _read(name, theirs)
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
-def _read(name: str, place: Mapping[str, Path]) -> Tensor:
-    with safe_open(place[name], framework="pt") as tensors:
-        weight: Tensor = tensors.get_tensor(name)
+def _read(name: str, place: Mapping[str, _Saved]) -> Tensor:
+    with safe_open(place[name].file, framework="pt") as tensors:
+        weight: Tensor = tensors.get_tensor(place[name].name)
     return weight
 
 

@@ -20,6 +20,9 @@ def default_instructions() -> dict[Role, dict[str, str]]:
     }
 
 
+MAX_PIXELS = 300 * 28 * 28
+"""Of a picture, for Qwen-VL: 300 visual tokens of 28 x 28 pixels before compression (U-MARVEL)."""
+
 _S = TypeVar("_S", bound="_Settings")
 
 
@@ -31,9 +34,9 @@ class _Settings:
     """name of the recipe; for people"""
     max_tiles: int = 1
     """the most tiles of a picture whose item does not say; a thumbnail is added to more than one"""
-    max_pixels: int = 300 * 28 * 28
-    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles; 28 x 28 (Qwen3-VL: 32 x 32) are a visual
-    token before compression (U-MARVEL: 300 tokens), so that a page of four tiles has four times as many"""
+    max_pixels: int = MAX_PIXELS
+    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles, so that a page of four tiles has four times
+    as many; 28 x 28 (Qwen3-VL: 32 x 32) are a visual token before compression"""
     positions: Positions = Positions.MROPE
     """for Qwen-VL: where visual tokens stand"""
     text_max_tokens: int = 512

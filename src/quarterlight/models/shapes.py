@@ -1,10 +1,12 @@
-"""The sizes of InternVL3, buildable with random weights and without a network, for benchmarks.
+"""The sizes of published models, buildable with random weights and without a network, for plans and benchmarks.
 
-Sizes as in the ``config.json`` of OpenGVLab/InternVL3-{1B,2B,8B,14B}-hf: InternViT-300M and a Qwen2.5 language model.
+Sizes as in the ``config.json`` of OpenGVLab/InternVL3-{1B,2B,8B,14B}-hf: InternViT-300M and a Qwen2.5 language model;
+and of Qwen/Qwen2-VL-{2B,7B}-Instruct, Qwen/Qwen2.5-VL-7B-Instruct and Qwen/Qwen3-VL-{4B,8B}-Instruct.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from quarterlight.errors import InputError, did_you_mean
+from quarterlight.models.backbones import FAMILIES
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 
 
@@ -64,6 +67,100 @@ SHAPES = MappingProxyType(
 """Name of an InternVL3 -> its language model; the vision tower is the same in all."""
 
 
+_QWEN2_EYES = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14}
+_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_MROPE3 = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenShape:
+    """A Qwen-VL. model_type: ours.  vision: of its tower's configuration.  text: of its language model's."""
+
+    model_type: str
+    vision: Mapping[str, Any]
+    text: Mapping[str, Any]
+    tied: bool = False
+    """whether the language head has the weights of the embeddings"""
+
+
+QWEN_SHAPES = MappingProxyType(
+    {
+        "Qwen2-VL-2B": QwenShape(
+            model_type="qwen2_vl_vtc",
+            vision={**_QWEN2_EYES, "hidden_size": 1536},
+            text={**vars(SHAPES["2B"]), "vocab_size": 151_936, "rope_parameters": _MROPE},
+            tied=True,
+        ),
+        "Qwen2-VL-7B": QwenShape(
+            model_type="qwen2_vl_vtc",
+            vision={**_QWEN2_EYES, "hidden_size": 3584},
+            text={**vars(SHAPES["8B"]), "vocab_size": 152_064, "rope_parameters": _MROPE},
+        ),
+        "Qwen2.5-VL-7B": QwenShape(
+            model_type="qwen2_5_vl_vtc",
+            vision={
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 3584,
+                "patch_size": 14,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+            text={**vars(SHAPES["8B"]), "vocab_size": 152_064, "rope_parameters": _MROPE},
+        ),
+        "Qwen3-VL-4B": QwenShape(
+            model_type="qwen3_vl_vtc",
+            vision={
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_heads": 16,
+                "out_hidden_size": 2560,
+                "patch_size": 16,
+                "num_position_embeddings": 2304,
+                "deepstack_visual_indexes": [5, 11, 17],
+            },
+            text={
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "vocab_size": 151_936,
+                "rope_parameters": _MROPE3,
+            },
+            tied=True,
+        ),
+        "Qwen3-VL-8B": QwenShape(
+            model_type="qwen3_vl_vtc",
+            vision={
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "out_hidden_size": 4096,
+                "patch_size": 16,
+                "num_position_embeddings": 2304,
+                "deepstack_visual_indexes": [8, 16, 24],
+            },
+            text={
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "vocab_size": 151_936,
+                "rope_parameters": _MROPE3,
+            },
+        ),
+    }
+)
+"""Name of a Qwen-VL -> its sizes."""
+
 _NOISE = 1 << 20  # numbers drawn for one weight
 
 
@@ -96,6 +193,25 @@ def internvl3_config(shape: str, *, visual_token_compression: int = 1) -> Intern
     )
 
 
+def shape_config(shape: str, *, visual_token_compression: int = 1) -> Any:
+    """The configuration of a published model by name: ``2B`` of InternVL3, ``Qwen2-VL-2B``.
+
+    Raises InputError for an unknown name.
+    """
+    if shape not in QWEN_SHAPES:
+        if shape in SHAPES or "VL" not in shape:
+            return internvl3_config(shape, visual_token_compression=visual_token_compression)
+        raise InputError(f"There is no Qwen-VL shape {shape!r}. {did_you_mean(shape, QWEN_SHAPES)}")
+    sizes = QWEN_SHAPES[shape]
+    family = FAMILIES[sizes.model_type]
+    return family.load(family.config)(
+        vision_config=dict(sizes.vision),
+        text_config={**sizes.text, "max_position_embeddings": 32_768, "tie_word_embeddings": sizes.tied},
+        tie_word_embeddings=sizes.tied,
+        visual_token_compression=visual_token_compression,
+    )
+
+
 def build_random(
     shape: str,
     *,
@@ -105,12 +221,12 @@ def build_random(
     language_head: bool = False,
     seed: int = 0,
 ) -> Any:
-    """A model of an InternVL3's size with random weights, in ``eval`` mode.
+    """A model of a published one's size with random weights, in ``eval`` mode.
 
     The weights are made in ``dtype`` and filled in place, so that no more memory is needed than they take.
     language_head: adds the head that writes words, which embedding does without.
     """
-    config = internvl3_config(shape, visual_token_compression=visual_token_compression)
+    config = shape_config(shape, visual_token_compression=visual_token_compression)
     auto = AutoModelForImageTextToText if language_head else AutoModel
     with no_init_weights(), torch.device(device):
         model = auto.from_config(config, dtype=dtype)

@@ -59,7 +59,8 @@ def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
             is_causal=True,
         )
         cache = repeated(alone, len(embeds))
-    rest, more = embeds[:, P:], {}
+    rest = embeds[:, P:]
+    more: dict[str, Any] = {}
     if tokens is not None:  # all pictures are behind the beginning
         rest, more = backbone_of(model.config).place(model, input_ids[:, P:], rest, tokens)
     hidden_BLD = model.language_model(

@@ -9,7 +9,6 @@ import os
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from quarterlight.images import load_image
@@ -25,7 +24,7 @@ class Tiles(NamedTuple):
     pixels: uint8 ``[T, H, W, 3]``, in reading order.
     """
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: np.ndarray
     grid: Grid
 
 

@@ -23,7 +23,8 @@ from quarterlight.data.contrastive import BatchSampler, ContrastiveBatch
 from quarterlight.errors import ImageError
 from quarterlight.images import load_image
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
-from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor
+from quarterlight.models.processor import VTCImageProcessor
+from quarterlight.models.tiles import Grid, Tiles, num_tiles
 from quarterlight.prompts import Role
 from quarterlight.records import ImageSource, Item
 from quarterlight.training.augment import AugmentRecipe, augment, draw
@@ -38,32 +39,34 @@ class Pictures:
     """The tiles of pictures, kept as bytes in memory after their first use (12 KiB for a tile of 64 pixels).
 
     max_tiles: the most tiles of a picture whose item does not say.
+    max_pixels: as in an embedder's settings; ``None`` takes the checkpoint's limit.
     max_bytes: of tiles that are kept; what comes later is decoded whenever it is used.
     A picture that cannot be read is one white tile, and :attr:`unreadable` says why.  Threads may share one object.
     """
 
     def __init__(
         self,
-        image_processor: InternVLVTCImageProcessor,
+        image_processor: VTCImageProcessor,
         recipe: AugmentRecipe | None = None,
         *,
         max_tiles: int = 1,
+        max_pixels: int | None = None,
         max_bytes: int = _BYTES_KEPT,
     ) -> None:
         self.image_processor = image_processor
         self.recipe = recipe
         self.max_tiles = max_tiles
+        self.max_pixels = max_pixels
         self.unreadable: dict[ImageSource, str] = {}
         self._room = max_bytes
-        self._tiles: dict[Hashable, np.ndarray] = {}
+        self._tiles: dict[Hashable, Tiles] = {}
 
-    def tiles(self, items: Sequence[Item]) -> tuple[np.ndarray, list[list[int]]]:
-        """uint8 ``[T, H, W, 3]`` of all the items' pictures, and for each item the tiles of each of its pictures."""
+    def tiles(self, items: Sequence[Item]) -> tuple[np.ndarray, list[list[Grid]]]:
+        """uint8 ``[T, H, W, 3]`` of all the items' pictures, and for each item how each of its pictures was cut."""
         tiles = [[self._one(source, item.max_tiles or self.max_tiles) for source in item.images] for item in items]
-        flat = [one for pictures in tiles for one in pictures]
-        side = self.image_processor.size.height
-        stacked = np.concatenate(flat) if flat else np.empty((0, side, side, 3), np.uint8)
-        return stacked, [[len(one) for one in pictures] for pictures in tiles]
+        flat = [one.pixels for pictures in tiles for one in pictures]
+        stacked = np.concatenate(flat) if flat else np.empty((0, *self.image_processor.tile_pixels, 3), np.uint8)
+        return stacked, [[one.grid for one in pictures] for pictures in tiles]
 
     def whys(self, item: Item) -> list[str]:
         """Why pictures of an item that has been used could not be read; empty if all could."""
@@ -76,39 +79,59 @@ class Pictures:
         ]
 
     def pixel_values(
-        self, tiles_THW3: np.ndarray, counts: Sequence[Sequence[int]], chance_P9: Tensor | None = None
+        self, tiles_THW3: np.ndarray, counts: Sequence[Sequence[Grid]], chance_P9: Tensor | None = None
     ) -> Tensor:
-        """float32 ``[T, 3, H, W]`` as the vision tower reads it; augmented when there is a recipe and chance.
+        """float32, as the vision tower reads it (``[T, 3, H, W]`` of an InternVL); augmented when there is a recipe and
+        chance.
 
-        counts: tiles of each item's pictures. A picture of several stays as it is, or its tiles would not fit together.
+        counts: how each item's pictures were cut.  Of those that are tiles beside each other, one of several stays as
+            it is, or its tiles would not fit together.
         chance_P9: of :func:`quarterlight.training.augment.draw`, a row for each picture.
         """
         pixels = torch.from_numpy(tiles_THW3)
-        if self.recipe is not None and chance_P9 is not None:
-            count_P = torch.tensor([count for pictures in counts for count in pictures], dtype=torch.int64)
-            alone_P = count_P == 1
-            if alone_P.any():
-                alone_T = alone_P.repeat_interleave(count_P)
-                pixels = pixels.float()
-                pixels[alone_T] = augment(pixels[alone_T], self.recipe, chance_P9[alone_P])
+        grids = [grid for pictures in counts for grid in pictures]
+        if self.recipe is not None and chance_P9 is not None and grids:
+            pixels = self._augmented(pixels, grids, self.recipe, chance_P9)
         return self.image_processor.normalize_tiles(pixels)
 
-    def _one(self, source: ImageSource, max_tiles: int) -> np.ndarray:
+    @staticmethod
+    def _augmented(pixels: Tensor, grids: Sequence[Grid], recipe: AugmentRecipe, chance_P9: Tensor) -> Tensor:
+        count_P = torch.tensor([num_tiles(grid) for grid in grids], dtype=torch.int64)
+        alone_P = torch.tensor([grid == 1 for grid in grids])
+        if alone_P.any():
+            alone_T = alone_P.repeat_interleave(count_P)
+            pixels = pixels.float()
+            pixels[alone_T] = augment(pixels[alone_T], recipe, chance_P9[alone_P])
+        if all(isinstance(grid, int) for grid in grids):
+            return pixels
+        changed = []
+        for number, (grid, tiles_THW3) in enumerate(zip(grids, pixels.split(count_P.tolist()), strict=True)):
+            assert not isinstance(grid, int)  # one picture, which is put together and cut up again
+            (rows, columns), (_, height, width, _) = grid, tiles_THW3.shape
+            whole = tiles_THW3.unflatten(0, grid).swapaxes(1, 2).reshape(1, rows * height, columns * width, 3)
+            whole = augment(whole, recipe, chance_P9[number : number + 1])
+            blocks = whole.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
+            changed.append(blocks.reshape(-1, height, width, 3))
+        return torch.cat(changed)
+
+    def _cut(self, picture: Image.Image, max_tiles: int) -> Tiles:
+        return self.image_processor.cut(picture, max_tiles, self.max_pixels)
+
+    def _one(self, source: ImageSource, max_tiles: int) -> Tiles:
         if isinstance(source, Image.Image):  # mutable and without a name: nothing to remember it by
-            return self.image_processor.tiles(source, max_tiles)
+            return self._cut(source, max_tiles)
         key = (source, max_tiles)
         if (kept := self._tiles.get(key)) is not None:
             return kept
-        side = self.image_processor.size.height
         if source in self.unreadable:
-            return np.full((1, side, side, 3), 255, np.uint8)
+            return self.image_processor.blank()
         try:
-            tiles = self.image_processor.tiles(load_image(source), max_tiles)
+            tiles = self._cut(load_image(source), max_tiles)
         except ImageError as error:
             self.unreadable[source] = str(error)
-            return np.full((1, side, side, 3), 255, np.uint8)
-        if tiles.nbytes <= self._room:
-            self._room -= tiles.nbytes
+            return self.image_processor.blank()
+        if tiles.pixels.nbytes <= self._room:
+            self._room -= tiles.pixels.nbytes
             self._tiles[key] = tiles
         return tiles
 
@@ -152,13 +175,10 @@ class PromptEncoder:
 
     def num_tokens(self, items: Sequence[Item], role: Role) -> list[int]:
         return [
-            prompt.num_tokens + len(item.images) * self.formatter.num_image_tokens(self._most_tiles(item))
+            prompt.num_tokens
+            + len(item.images) * self.formatter.most_image_tokens(item.max_tiles or self.pictures.max_tiles)
             for prompt, item in zip(self._tokenized(items, role), items, strict=True)
         ]
-
-    def _most_tiles(self, item: Item) -> int:
-        most = item.max_tiles or self.pictures.max_tiles
-        return most + (most > 1)  # and the thumbnail
 
     def _tokenized(self, items: Sequence[Item], role: Role) -> list[TokenizedPrompt]:
         keys: list[Hashable] = [

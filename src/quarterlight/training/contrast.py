@@ -30,6 +30,7 @@ from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
 from quarterlight.metrics.ranking import hit, rank_embeddings
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.shared_prefix import embed_shared_prefix
 from quarterlight.prompts import Role
@@ -63,21 +64,16 @@ class PromptEmbedder(nn.Module):
         return torch.cat([self._embed(inputs) for inputs in sides])
 
     def _embed(self, inputs: Mapping[str, Any]) -> Tensor:
-        nothing = self._nothing() if world_size() > 1 and "pixel_values" not in inputs else None
+        nothing = None
+        if world_size() > 1 and "pixel_values" not in inputs:
+            nothing = backbone_of(self.backbone.config).blank(self.backbone)
         if self.shared_prefix:
             embedding_BD = embed_shared_prefix(self.backbone, inputs)
         else:
-            names = ("input_ids", "attention_mask", "instruction_mask", "pixel_values")
+            names = ("input_ids", "attention_mask", "instruction_mask", "position_ids", "pixel_values", "grids")
             plain = {name: inputs[name] for name in names if name in inputs}
             embedding_BD = embed(self.backbone, plain, pooling=PoolingMode.LAST_TOKEN, attention=Attention.CAUSAL)
         return embedding_BD if nothing is None else embedding_BD + nothing
-
-    def _nothing(self) -> Tensor:
-        """Zero, by way of the vision tower: where processes share its weights, all must use it, or the others wait."""
-        backbone: Any = self.backbone
-        height, width = backbone.config.vision_config.image_size
-        blank_13HW = torch.zeros(1, 3, height, width, device=next(backbone.parameters()).device)
-        return 0 * backbone.get_image_features(blank_13HW).pooler_output.float().sum()
 
 
 @dataclass(frozen=True, kw_only=True)

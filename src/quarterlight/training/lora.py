@@ -47,7 +47,7 @@ def add_lora(backbone: Any, recipe: LoraRecipe, seed: int) -> None:
 
     A layer's output becomes ``W x + alpha / rank * B A x`` (arXiv:2106.09685, eq. 3) with A random and B zero, so that
     nothing has changed yet.  A and B are float32 whatever W is, for the sake of the optimiser.
-    backbone: an InternVL3-VTC, with or without a language head, which stays frozen too.
+    backbone: of any family, with or without a language head, which stays frozen too.
     seed: of A; the global random state is left alone.
     Raises RecipeError for a target that the language model does not have.
     """

@@ -32,12 +32,13 @@ from transformers import DynamicCache
 from quarterlight.data.contrastive import TaskMixture
 from quarterlight.data.rerank import RerankRow, RerankSampler
 from quarterlight.errors import RecipeError
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.inputs import TokenizedPrompt
-from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.rerank_inputs import MAX_LIST, AnswerTokens, RerankFormatter
 from quarterlight.models.settings import RerankerSettings
 from quarterlight.models.shared_prefix import repeated
+from quarterlight.models.tiles import Grid, num_tiles
 from quarterlight.records import Item
 from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
@@ -103,7 +104,7 @@ class PictureKey:
 
 
 class VisualTokens:
-    """Visual tokens of pictures, ``[T, tokens, D]`` each, in main memory as long as there is room.
+    """Visual tokens of pictures, ``[n, k, W]`` each, and how these were cut, in main memory as long as there is room.
 
     Nothing is ever dropped, so that whoever found a picture here finds it later too.
     """
@@ -111,6 +112,7 @@ class VisualTokens:
     def __init__(self, max_bytes: int) -> None:
         self._room = max_bytes
         self._tokens: dict[PictureKey, Tensor] = {}
+        self._grids: dict[PictureKey, Grid] = {}
 
     def __contains__(self, key: PictureKey) -> bool:
         return key in self._tokens
@@ -118,10 +120,15 @@ class VisualTokens:
     def __getitem__(self, key: PictureKey) -> Tensor:
         return self._tokens[key]
 
-    def put(self, key: PictureKey, tokens: Tensor) -> None:
+    def grid(self, key: PictureKey) -> Grid:
+        """How a picture was cut whose tokens are here."""
+        return self._grids[key]
+
+    def put(self, key: PictureKey, tokens: Tensor, grid: Grid) -> None:
         """Keeps a picture's tokens if there is room for them."""
         if key not in self._tokens and tokens.nbytes <= self._room:
             self._room -= tokens.nbytes
+            self._grids[key] = grid
             self._tokens[key] = tokens.to("cpu", copy=True)  # not a part of something larger
 
 
@@ -129,12 +136,14 @@ class VisualTokens:
 class _Sequence:
     """What one row makes of a prompt: a trunk, and branches that do not see each other, each with its answer.
 
+    positions: of the tokens of trunk and branches, int64 [axes, L]; all branches start behind the trunk.
     pictures: keys of those in the trunk and the branches, in order.  answers: (what is answered, token, choices).
     """
 
     row: int
     trunk: list[int]
     branches: list[list[int]]
+    positions: Tensor
     pictures: list[PictureKey]
     answers: list[tuple[int, int, int]]
 
@@ -171,26 +180,29 @@ class RerankCollator:
         """A batch.
 
         parts: the pairs, then the lists.  Each has ``opening``, int64 [P], the tokens that all of its rows begin with,
-            and ``groups`` of sequences of similar lengths, without the opening and padded on the right: ``input_ids``
-            and ``position_ids``, int64 [B, L]; ``branch``, int64 [B, L], 0 in the trunk, if there are several;
-            ``answers``, int64 [n], where in the flattened [B, L] the next token is an answer; ``pictures``, keys.
+            and ``groups`` of sequences of similar lengths, without the opening and padded on the right: ``input_ids``,
+            int64 [B, L]; ``position_ids``, the same or, where positions have several axes, [axes, B, L]; ``branch``,
+            int64 [B, L], 0 in the trunk, if there are several; ``answers``, int64 [n], where in the flattened [B, L]
+            the next token is an answer; ``pictures``, keys.
         fresh: key -> uint8 tiles [T, H, W, 3] of each picture whose visual tokens are not known.
+        grids: how these were cut, in the same order.
         labels: int64 [N], the answers of all groups.  kinds: int64 [N], what is answered.
         choices: int64 [N], candidates to choose from.  rows: int64 [N], which row asks.
         weights: float32 [N], 0 for a row with a picture that cannot be read, 1 for others.
         qids, dids: what the rows show.  num_pictures, unreadable: how many, and why those that cannot be read cannot.
         """
         fresh: dict[PictureKey, Tensor] = {}
+        cut: dict[PictureKey, Grid] = {}
         sequences: list[list[_Sequence]] = [[], []]
         unreadable: list[str] = []
         weight_R = torch.ones(len(rows))
         num_pictures = 0
         for number, row in enumerate(rows):
             shown = list({id(one): one for one in (row.positive, row.negative, *row.listed)}.values())
-            tiles: dict[PictureKey, int] = {}
+            tiles: dict[PictureKey, Grid] = {}
             for item in (row.query.item, *(one.item for one in shown)):
-                for key, count, whys in self._look(item, fresh):
-                    tiles[key] = count
+                for key, grid, whys in self._look(item, fresh, cut):
+                    tiles[key] = grid
                     num_pictures += 1
                     unreadable += whys
                     weight_R[number] *= not whys
@@ -205,6 +217,7 @@ class RerankCollator:
         return {
             "parts": parts,
             "fresh": fresh,
+            "grids": [cut[key] for key in fresh],
             "labels": labels_N,
             "kinds": kinds_N,
             "choices": choices_N,
@@ -216,35 +229,64 @@ class RerankCollator:
             "unreadable": unreadable,
         }
 
-    def _look(self, item: Item, fresh: dict[PictureKey, Tensor]) -> Iterator[tuple[PictureKey, int, list[str]]]:
-        """For each picture of an item its key, its number of tiles, and why it cannot be read if so."""
+    def _look(
+        self, item: Item, fresh: dict[PictureKey, Tensor], cut: dict[PictureKey, Grid]
+    ) -> Iterator[tuple[PictureKey, Grid, list[str]]]:
+        """For each picture of an item its key, how it was cut, and why it cannot be read if so."""
         most = self.formatter.max_tiles(item)
         for source, key in zip(item.images, _keys(item, most), strict=True):
             alone = Item(image=source, max_tiles=most)
             if key not in self.known and key not in fresh:
-                tiles_THW3, _ = self.pictures.tiles([alone])
+                tiles_THW3, ((cut[key],),) = self.pictures.tiles([alone])
                 fresh[key] = torch.from_numpy(tiles_THW3)
-            yield key, len(fresh[key] if key in fresh else self.known[key]), self.pictures.whys(alone)
+            yield key, cut[key] if key in fresh else self.known.grid(key), self.pictures.whys(alone)
 
-    def _pairs(self, number: int, row: RerankRow, tiles: Mapping[PictureKey, int]) -> _Sequence:
+    def _pairs(self, number: int, row: RerankRow, tiles: Mapping[PictureKey, Grid]) -> _Sequence:
         items = [row.positive.item, row.negative.item]
-        return _Sequence(
-            row=number,
-            trunk=self._expanded(self._prompt("prefix", row.query.item), [row.query.item], tiles),
-            branches=[self._expanded(self._prompt("tail", item), [item], tiles) for item in items],
-            pictures=self._keys([row.query.item, *items]),
-            answers=[(_YES, self.answers.yes, 2), (_NO, self.answers.no, 2)],
+        return self._sequence(
+            number,
+            (self._prompt("prefix", row.query.item), [row.query.item]),
+            [(self._prompt("tail", item), [item]) for item in items],
+            [(_YES, self.answers.yes, 2), (_NO, self.answers.no, 2)],
+            tiles,
         )
 
-    def _list(self, number: int, row: RerankRow, tiles: Mapping[PictureKey, int]) -> _Sequence:
+    def _list(self, number: int, row: RerankRow, tiles: Mapping[PictureKey, Grid]) -> _Sequence:
         assert row.slot is not None
         items = [one.item for one in row.listed]
+        return self._sequence(
+            number,
+            (self._prompt("list prefix", row.query.item), [row.query.item]),
+            [(self._prompt("list tail", *items), items)],
+            [(_LIST, self.answers.numbers[row.slot], len(items))],
+            tiles,
+        )
+
+    def _sequence(
+        self,
+        row: int,
+        trunk: tuple[TokenizedPrompt, Sequence[Item]],
+        branches: Sequence[tuple[TokenizedPrompt, Sequence[Item]]],
+        answers: list[tuple[int, int, int]],
+        tiles: Mapping[PictureKey, Grid],
+    ) -> _Sequence:
+        """trunk, branches: prompts, and the items in them."""
+        parts: list[list[int]] = []
+        positions: list[Tensor] = []
+        for prompt, items in (trunk, *branches):
+            grids = [tiles[key] for key in self._keys(items)]
+            ids, _ = self.formatter.tokenize.expand(prompt, grids)
+            start = int(positions[0].max()) + 1 if positions else 0
+            settings = self.formatter.settings
+            positions.append(self.formatter.processor.positions(ids, grids, settings.positions, start))
+            parts.append(ids)
         return _Sequence(
-            row=number,
-            trunk=self._expanded(self._prompt("list prefix", row.query.item), [row.query.item], tiles),
-            branches=[self._expanded(self._prompt("list tail", *items), items, tiles)],
-            pictures=self._keys([row.query.item, *items]),
-            answers=[(_LIST, self.answers.numbers[row.slot], len(items))],
+            row=row,
+            trunk=parts[0],
+            branches=parts[1:],
+            positions=torch.cat(positions, dim=1),
+            pictures=self._keys([item for _, items in (trunk, *branches) for item in items]),
+            answers=answers,
         )
 
     def _prompt(self, kind: str, *items: Item) -> TokenizedPrompt:
@@ -267,9 +309,6 @@ class RerankCollator:
             return self.formatter.list_tail(items)
         return self.formatter.prefix(items[0], listwise=kind == "list prefix")
 
-    def _expanded(self, prompt: TokenizedPrompt, items: Sequence[Item], tiles: Mapping[PictureKey, int]) -> list[int]:
-        return self.formatter.tokenize.expand(prompt, [tiles[key] for key in self._keys(items)])[0]
-
     def _keys(self, items: Sequence[Item]) -> list[PictureKey]:
         return [key for item in items for key in _keys(item, self.formatter.max_tiles(item))]
 
@@ -284,22 +323,24 @@ class RerankCollator:
         """The tensors of some sequences without the tokens that all begin with."""
         shape = len(sequences), max(map(len, sequences)) - skipped
         input_ids = torch.full(shape, self.formatter.processor.tokenizer.pad_token_id)
-        position_ids = torch.arange(skipped, skipped + shape[1]).repeat(shape[0], 1)
+        axes = self.formatter.processor.num_axes
+        # padding goes on counting: where numbers fall, transformers would see another sequence begin
+        positions = torch.arange(skipped, skipped + shape[1]).repeat(axes, shape[0], 1)
         branch = torch.zeros(shape, dtype=torch.int64)
         answers = []
         for row, one in enumerate(sequences):
             start = len(one.trunk) - skipped
+            positions[:, row, : len(one) - skipped] = one.positions[:, skipped:]
             input_ids[row, :start] = torch.tensor(one.trunk[skipped:], dtype=torch.int64)
             for number, ids in enumerate(one.branches, start=1):
                 stop = start + len(ids)
                 input_ids[row, start:stop] = torch.tensor(ids)
-                position_ids[row, start:stop] = len(one.trunk) + torch.arange(len(ids))
                 branch[row, start:] = number  # padding sees what the last branch does
                 answers.append(row * shape[1] + stop - 1)
                 start = stop
         group = {
             "input_ids": input_ids,
-            "position_ids": position_ids,
+            "position_ids": positions if axes > 1 else positions[0],
             "answers": torch.tensor(answers),
             "pictures": [key for one in sequences for key in one.pictures],
             "sequences": sequences,
@@ -346,8 +387,8 @@ class AnswerWriter(Writer):
 
     def __init__(
         self,
-        model: InternVLVTCForConditionalGeneration,
-        processor: InternVLVTCProcessor,
+        model: Any,
+        processor: VTCProcessor,
         known: VisualTokens,
         answers: AnswerTokens,
         *,
@@ -355,6 +396,7 @@ class AnswerWriter(Writer):
     ) -> None:
         super().__init__(model)
         self.image_processor = processor.image_processor
+        self._backbone = backbone_of(model.config)
         self.known = known
         self.words = [answers.yes, answers.no, *answers.numbers]
         self.shared_prefix = shared_prefix
@@ -362,8 +404,8 @@ class AnswerWriter(Writer):
             part.requires_grad_(False)
 
     @property
-    def _eyes(self) -> tuple[nn.Module, nn.Module]:
-        return self.model.model.vision_tower, self.model.model.multi_modal_projector
+    def _eyes(self) -> list[nn.Module]:
+        return self._backbone.parts(self.model)
 
     def train(self, mode: bool = True) -> AnswerWriter:
         """Of the language model only: what the tower sees must not depend on when it looks."""
@@ -378,59 +420,59 @@ class AnswerWriter(Writer):
 
         batch: what :class:`RerankCollator` makes, on the model's device.
         """
-        seen = self._look(batch["fresh"])
+        seen = self._look(batch["fresh"], batch["grids"])
         hidden_ND = torch.cat([one for part in batch["parts"] for one in self._read(part, seen)])
         logits_NV = self.model.lm_head(hidden_ND).float()
         return F.cross_entropy(logits_NV, batch["labels"], reduction="none"), logits_NV[:, self.words].detach()
 
     @torch.no_grad()
-    def _look(self, fresh: Mapping[PictureKey, Tensor]) -> dict[PictureKey, Tensor]:
+    def _look(self, fresh: Mapping[PictureKey, Tensor], grids: Sequence[Grid]) -> dict[PictureKey, Tensor]:
         """The visual tokens of pictures that are not known, which are known from then on if there is room.
 
-        On a CPU always as many tiles go through the tower together: the rounding of a product depends on its shape,
-        and a run that was stopped has other pictures to look at.
+        On a CPU the shape of what goes through the tower does not depend on what else there is to look at: the rounding
+        of a product does, and a run that was stopped has other pictures.
         """
         if not fresh:
             return {}
         tiles_THW3 = torch.cat(list(fresh.values()))
-        size = _TILES_ON_CPU if tiles_THW3.device.type == "cpu" else _TILES_AT_ONCE
+        runs = self._backbone.split(grids, _TILES_AT_ONCE)
         if tiles_THW3.device.type == "cpu":
-            tiles_THW3 = F.pad(tiles_THW3, (0, 0, 0, 0, 0, 0, 0, -len(tiles_THW3) % size))
-        tokens = torch.cat([self._tower(some) for some in tiles_THW3.split(size)])
-        counts = [len(one) for one in fresh.values()]
+            runs, blank = self._backbone.split_alike(grids, _TILES_ON_CPU)
+            tiles_THW3 = F.pad(tiles_THW3, (0, 0, 0, 0, 0, 0, 0, blank))
+        parts = tiles_THW3.split([sum(map(num_tiles, run)) for run in runs])
+        tokens = torch.cat([self._tower(some, run) for some, run in zip(parts, runs, strict=True)])
+        counts = [self._backbone.num_rows(self.model.config, grid) for grid in grids]
         seen = dict(zip(fresh, tokens[: sum(counts)].split(counts), strict=True))
-        for key, one in seen.items():
-            self.known.put(key, one)
+        for (key, one), grid in zip(seen.items(), grids, strict=True):
+            self.known.put(key, one, grid)
         return seen
 
-    def _tower(self, tiles_THW3: Tensor) -> Tensor:
-        """The visual tokens of tiles, [T, tokens, D]."""
-        return self.model.get_image_features(self.image_processor.normalize_tiles(tiles_THW3)).pooler_output
+    def _tower(self, tiles_THW3: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The visual tokens of tiles, [n, k, W]."""
+        return self._backbone.see(self.model.model, self.image_processor.normalize_tiles(tiles_THW3), grids)
 
     def _read(self, part: Mapping[str, Any], seen: Mapping[PictureKey, Tensor]) -> Iterator[Tensor]:
         """For each group the hidden states from which its answers come, [n, D]."""
         embed = self.model.get_input_embeddings()
         language_model = self.model.model.language_model
-        opening_PD = embed(part["opening"])
-        P = len(opening_PD)
+        P = len(part["opening"])
         opened: Any = None
         if self.shared_prefix and P:
             opened = DynamicCache(config=self.model.config.text_config)
-            language_model(inputs_embeds=opening_PD[None], past_key_values=opened, use_cache=True)
+            language_model(inputs_embeds=embed(part["opening"])[None], past_key_values=opened, use_cache=True)
         for group in part["groups"]:
-            embeds_BLD = embed(group["input_ids"])
-            rows = len(embeds_BLD)
+            input_ids, branch_BL, position_ids = group["input_ids"], group.get("branch"), group["position_ids"]
+            rows = len(input_ids)
+            if opened is None:
+                input_ids = torch.cat([part["opening"].expand(rows, -1), input_ids], dim=1)
+                places = torch.arange(P, device=input_ids.device).expand(*position_ids.shape[:-1], -1)
+                position_ids = torch.cat([places, position_ids], dim=-1)
+                branch_BL = None if branch_BL is None else F.pad(branch_BL, (P, 0))
+            embeds_BLD, more = embed(input_ids), {}
             if group["pictures"]:
                 tokens = [seen[key] if key in seen else self.known[key] for key in group["pictures"]]
-                features = torch.cat([one.flatten(0, 1).to(embeds_BLD) for one in tokens])
-                slots = self.model.model.get_placeholder_mask(group["input_ids"], embeds_BLD, features)  # as many?
-                embeds_BLD = embeds_BLD.masked_scatter(slots, features)
-            branch_BL, position_ids = group.get("branch"), group["position_ids"]
-            if opened is None:
-                embeds_BLD = torch.cat([opening_PD.expand(rows, -1, -1), embeds_BLD], dim=1)
-                places = torch.arange(P, device=embeds_BLD.device).expand(rows, -1)
-                position_ids = torch.cat([places, position_ids], dim=1)
-                branch_BL = None if branch_BL is None else F.pad(branch_BL, (P, 0))
+                joined = torch.cat([one.to(embeds_BLD) for one in tokens])
+                embeds_BLD, more = self._backbone.place(self.model.model, input_ids, embeds_BLD, joined)
             mask = None if branch_BL is None else self._mask(branch_BL, 0 if opened is None else P)
             hidden_BLD = language_model(
                 inputs_embeds=embeds_BLD,
@@ -438,6 +480,7 @@ class AnswerWriter(Writer):
                 position_ids=position_ids,
                 past_key_values=None if opened is None else repeated(opened, rows),
                 use_cache=opened is not None,
+                **more,
             ).last_hidden_state
             if opened is None:
                 hidden_BLD = hidden_BLD[:, P:]
@@ -556,8 +599,8 @@ class RerankTrainer(BatchTrainer):
 
 
 def train_rerank(
-    model: InternVLVTCForConditionalGeneration,
-    processor: InternVLVTCProcessor,
+    model: Any,
+    processor: VTCProcessor,
     *,
     settings: RerankerSettings,
     mixture: TaskMixture,
@@ -600,7 +643,9 @@ def train_rerank(
     )
     known = VisualTokens(recipe.visual_tokens_bytes)
     formatter = RerankFormatter(processor, settings)
-    pictures = Pictures(processor.image_processor, max_tiles=settings.max_tiles, max_bytes=0)
+    pictures = Pictures(
+        processor.image_processor, max_tiles=settings.max_tiles, max_pixels=settings.max_pixels, max_bytes=0
+    )
     collate = RerankCollator(
         formatter,
         pictures,

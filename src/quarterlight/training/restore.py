@@ -24,9 +24,13 @@ from quarterlight.data.conversations import IMAGE, Conversation, Conversations
 from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
 from quarterlight.errors import ImageError, RecipeError
 from quarterlight.images import describe, image_size
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.inputs import PlainText, frame_ids
-from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
-from quarterlight.models.internvl_vtc.processing import InternVLVTCProcessor
+from quarterlight.models.pooling import visual_tokens
+from quarterlight.models.positions import Positions
+from quarterlight.models.processor import VTCImageProcessor, VTCProcessor
+from quarterlight.models.settings import MAX_PIXELS
+from quarterlight.models.tiles import Grid
 from quarterlight.records import ImageSource, Item
 from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
@@ -49,6 +53,8 @@ class RestoreRecipe:
     """packs of a batch on each device"""
     max_tiles: int = 4
     """the most tiles of a picture; a thumbnail is added to more than one (paper: 4)"""
+    max_pixels: int = MAX_PIXELS
+    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles"""
     eval_every: int = 1000
     """steps between measurements of the loss on held-out conversations; 0 for none"""
     eval_conversations: int = 500
@@ -57,7 +63,8 @@ class RestoreRecipe:
     """share of unreadable pictures above which training stops"""
 
     def __post_init__(self) -> None:
-        least = {"max_tokens": 1, "packs_per_device": 1, "max_tiles": 1, "eval_every": 0, "eval_conversations": 1}
+        least = {"max_tokens": 1, "packs_per_device": 1, "max_tiles": 1, "max_pixels": 1, "eval_conversations": 1}
+        least["eval_every"] = 0
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise RecipeError(f"{name} must be at least {value}, got {getattr(self, name)}.")
@@ -69,7 +76,7 @@ class ConversationTokenizer:
     """Conversations in ChatML, as InternVL3 reads them; what people wrote holds no special tokens but those of boxes.
 
         <|im_start|>user
-        <img><IMG_CONTEXT>...</img>
+        <img><IMG_CONTEXT>...</img>     (or as another backbone writes pictures)
         What is this?<|im_end|>
         <|im_start|>assistant
         a red apple<|im_end|>
@@ -77,9 +84,10 @@ class ConversationTokenizer:
     Labelled are the tokens of the assistant's words and the end of its turns.
     """
 
-    def __init__(self, processor: InternVLVTCProcessor, max_tiles: int) -> None:
+    def __init__(self, processor: VTCProcessor, max_tiles: int, max_pixels: int = MAX_PIXELS) -> None:
         self.processor = processor
         self.max_tiles = max_tiles
+        self.max_pixels = max_pixels
         self._plain = PlainText(processor.tokenizer, heeded=_GROUNDING)
         self._frame = lru_cache(maxsize=16)(self._encode)
 
@@ -106,7 +114,7 @@ class ConversationTokenizer:
             for place in range(len(parts)):
                 if place:
                     add([processor.start_image_token_id])
-                    add([processor.image_token_id] * (next(counts) * processor.image_seq_length))
+                    add([processor.image_token_id] * processor.num_visual_tokens(next(counts)))
                     add([processor.end_image_token_id])
                     ends.append(len(ids))
                 add(next(encoded), message.role == "assistant")
@@ -123,16 +131,16 @@ class ConversationTokenizer:
     def _encode(self, text: str) -> tuple[int, ...]:
         return frame_ids(self.processor.tokenizer, text)
 
-    def _count(self, source: ImageSource) -> int:
-        """Tiles of a picture; 1 if it cannot be read, which whoever decodes it will find out."""
-        if self.max_tiles == 1:
-            return 1
+    def _count(self, source: ImageSource) -> Grid:
+        """How a picture is cut; into one tile if it cannot be read, which whoever decodes it will find out."""
+        cutter: VTCImageProcessor = self.processor.image_processor
+        if cutter.most_tiles(self.max_tiles, self.max_pixels) == 1:
+            return cutter.blank().grid
         try:
             width, height = image_size(source)
-        except ImageError:
-            return 1
-        settings = {"max_patches": self.max_tiles, "crop_to_patches": True}
-        return self.processor.image_processor.get_number_of_image_patches(height, width, settings)
+            return cutter.grid_of(width, height, self.max_tiles, self.max_pixels)
+        except (ImageError, ValueError):
+            return cutter.blank().grid
 
 
 class PackCollator:
@@ -141,17 +149,19 @@ class PackCollator:
     A picture that cannot be read becomes white tiles, and what is said of it loses its labels.
     """
 
-    def __init__(self, processor: InternVLVTCProcessor, recipe: RestoreRecipe) -> None:
+    def __init__(self, processor: VTCProcessor, recipe: RestoreRecipe) -> None:
         self.processor = processor
         self.slices = math.ceil(recipe.packs_per_device * recipe.max_tokens / _SLICE)
-        self.pictures = Pictures(processor.image_processor, max_tiles=recipe.max_tiles)
+        self.pictures = Pictures(processor.image_processor, max_tiles=recipe.max_tiles, max_pixels=recipe.max_pixels)
 
     def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
         """One row a pack.
 
-        input_ids, position_ids: int64 [B, L]; positions start again with each sample, and with the padding.
+        input_ids, position_ids: int64 [B, L]; positions start again with each sample, and with the padding.  Where they
+            have three axes they are [4, B, L], places in the row first, from which transformers tells samples apart.
         places: int64 [N], where in the flattened [B, L] a labelled token is the next.  labels: int64 [N], that token.
-        pixel_values: float32 [T, 3, H, W], if there are pictures.  slices: into how many parts the labels are cut.
+        pixel_values: what the tower reads, if there are pictures; grids: int64 [P, 2], where they are pairs.
+        slices: into how many parts the labels are cut.
         ids: of the samples.  unreadable: why pictures cannot be read.  num_images: of the samples.
         """
         length = max(1, *(sum(map(len, pack)) for pack in packs))
@@ -159,6 +169,7 @@ class PackCollator:
         position_ids = np.zeros_like(input_ids)
         labelled = np.zeros(input_ids.shape, np.bool_)
         tiles: list[np.ndarray[Any, Any]] = []
+        axes = torch.zeros(self.processor.num_axes, *input_ids.shape, dtype=torch.int64)
         unreadable: list[str] = []
         for row, pack in enumerate(packs):
             start = 0
@@ -167,6 +178,10 @@ class PackCollator:
                 input_ids[row, start:stop] = sample.ids
                 position_ids[row, start:stop] = np.arange(len(sample))
                 labelled[row, start:stop] = sample.labelled
+                if len(axes) > 1:
+                    axes[:, row, start:stop] = self.processor.positions(
+                        sample.ids.tolist(), sample.tiles, Positions.MROPE
+                    )
                 if sample.images:
                     one, reasons = self._tiles(sample)
                     tiles.append(one)
@@ -186,6 +201,10 @@ class PackCollator:
             "unreadable": unreadable,
             "num_images": sum(len(sample.images) for pack in packs for sample in pack),
         }
+        if self.processor.num_axes > 1:
+            batch["position_ids"] = torch.cat([batch["position_ids"][None], axes])
+            if tiles:
+                batch["grids"] = torch.tensor([grid for pack in packs for sample in pack for grid in sample.tiles])
         if tiles:
             batch["pixel_values"] = self.processor.image_processor.normalize_tiles(
                 torch.from_numpy(np.concatenate(tiles))
@@ -199,11 +218,11 @@ class PackCollator:
         reasons = self.pictures.whys(item)
         if not reasons and tuple(counts) == sample.tiles:
             return tiles_THW3, []
-        blank = np.full((sum(sample.tiles), *tiles_THW3.shape[1:]), 255, np.uint8)
+        blank = np.concatenate([self.processor.image_processor.blank(grid).pixels for grid in sample.tiles])
         return blank, reasons or [f"{describe(sample.images[0])} has changed since its header was read."]
 
 
-def next_token_loss(model: InternVLVTCForConditionalGeneration, batch: Mapping[str, Any]) -> Tensor:
+def next_token_loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Cross-entropy of the labelled tokens, in nats, summed over all of them (paper, eq. 4); scalar, float32.
 
     batch: what :class:`PackCollator` makes, on the model's device.  Divide by ``len(batch["labels"])`` for the mean.
@@ -215,17 +234,14 @@ def next_token_loss(model: InternVLVTCForConditionalGeneration, batch: Mapping[s
     """
     input_ids = batch["input_ids"]
     embeds_BLD = model.get_input_embeddings()(input_ids)
-    pixel_values = batch.get("pixel_values")
-    if pixel_values is None:
-        vision: Any = model.config.vision_config
-        blank = torch.zeros(1, 3, *vision.image_size, device=input_ids.device)
-        embeds_BLD = embeds_BLD + 0.0 * model.get_image_features(blank).pooler_output.sum().to(embeds_BLD.dtype)
+    backbone, more = backbone_of(model.config), {}
+    tokens = visual_tokens(model.model, batch)
+    if tokens is None:
+        embeds_BLD = embeds_BLD + backbone.blank(model).to(embeds_BLD.dtype)
     else:
-        features = model.get_image_features(pixel_values).pooler_output.to(embeds_BLD.dtype)
-        slots = model.model.get_placeholder_mask(input_ids, embeds_BLD, features)  # checks that they are as many
-        embeds_BLD = embeds_BLD.masked_scatter(slots, features)
+        embeds_BLD, more = backbone.place(model.model, input_ids, embeds_BLD, tokens)
     hidden_BLD = model.model.language_model(
-        inputs_embeds=embeds_BLD, position_ids=batch["position_ids"], use_cache=False
+        inputs_embeds=embeds_BLD, position_ids=batch["position_ids"], use_cache=False, **more
     ).last_hidden_state
     hidden_ND = hidden_BLD.flatten(0, 1)[batch["places"]]
     # as many slices whatever the number of labels, so that all processes call the head equally often
@@ -322,8 +338,8 @@ def hold_out(
 
 
 def train_restore(
-    model: InternVLVTCForConditionalGeneration,
-    processor: InternVLVTCProcessor,
+    model: Any,
+    processor: VTCProcessor,
     *,
     sources: Sequence[Conversations],
     validation: Sequence[Conversations],
@@ -344,7 +360,7 @@ def train_restore(
     flash = "flash" in str(text_config._attn_implementation)
     if flash and recipe.packs_per_device > 1:  # which tells packed samples apart in batches of one row only
         raise RecipeError("With flash attention packs_per_device must be 1: accumulate gradients, or take sdpa.")
-    tokenize = ConversationTokenizer(processor, recipe.max_tiles)
+    tokenize = ConversationTokenizer(processor, recipe.max_tiles, recipe.max_pixels)
     sampler = PackedSampler(sources, tokenize=tokenize, max_tokens=recipe.max_tokens, weights=weights, seed=seed)
     collate = PackCollator(processor, recipe)
     packs, accumulated = recipe.packs_per_device * world_size(), optimizer.gradient_accumulation_steps

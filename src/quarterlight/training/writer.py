@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
-
 
 class Writer(nn.Module):
     """What a loss is computed in; the loss is for others to say.
@@ -17,7 +15,7 @@ class Writer(nn.Module):
     that shares the weights of the embeddings is saved as those alone, since safetensors does not save one tensor twice.
     """
 
-    def __init__(self, model: InternVLVTCForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         self._no_split_modules = model._no_split_modules  # where FSDP cuts

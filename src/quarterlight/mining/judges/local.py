@@ -19,21 +19,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from quarterlight.errors import CheckpointError, ImageError
 from quarterlight.mining.judges import Pair, Verdict, shown, spelling
+from quarterlight.models.backbones import our_model_type
 from quarterlight.models.checkpoint import load_backbone, resolve_checkpoint
 from quarterlight.models.embedder import best_dtype
 
 _AHEAD = 32  # pairs that are prepared while the model computes
 
-_LOADED_BY_US = ("internvl", "internvl_vtc")
-"""Model types whose checkpoints need no torchvision when we open them."""
-
 _CHATML = (
     "{%- for message in messages -%}{{ '<|im_start|>' ~ message.role ~ '\n' }}"
     "{%- for part in message.content -%}"
-    "{{ '<IMG_CONTEXT>' if part.type == 'image' else part.text }}"
+    "{{ '@PICTURE@' if part.type == 'image' else part.text }}"
     "{%- endfor -%}{{ '<|im_end|>\n' }}{%- endfor -%}{{ '<|im_start|>assistant\n' }}"
 )
-"""How they are asked: the template that lies beside our checkpoints writes prompts for embedding."""
+"""How models of our families are asked, which need no torchvision when we open them: the template that lies beside our
+checkpoints writes prompts for embedding."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,9 @@ def answer_tokens(tokenizer: Any, where: object) -> tuple[list[int], list[int]]:
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, str | None]:
     """Model, processor, and a chat template in place of the processor's."""
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind in _LOADED_BY_US:
-        return *load_backbone(folder, dtype=dtype, device=device, language_head=True), _CHATML
+    if our_model_type(str(kind)):
+        model, processor = load_backbone(folder, dtype=dtype, device=device, language_head=True)
+        return model, processor, _CHATML.replace("@PICTURE@", processor.picture)
     auto: Any = AutoModelForImageTextToText
     try:
         model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)

@@ -88,12 +88,9 @@ FAMILIES = MappingProxyType(
 """Our model type -> the family."""
 
 
-def model_type_of(config: Any) -> str | None:
-    """Our model type of a configuration with or without compression; ``None`` if we have no such family."""
-    for name, family in FAMILIES.items():
-        if config.model_type in (name, family.plain):
-            return name
-    return None
+def our_model_type(model_type: str) -> str | None:
+    """Our name of a model type with or without compression; ``None`` if we have no such family."""
+    return next((name for name, family in FAMILIES.items() if model_type in (name, family.plain)), None)
 
 
 def family_of(config: Any) -> Family:
@@ -103,6 +100,11 @@ def family_of(config: Any) -> Family:
 
 def backbone_of(config: Any) -> Backbone:
     """The adapter of a model of ours."""
-    module, name = family_of(config).adapter
+    return backbone_named(config.model_type)
+
+
+def backbone_named(model_type: str) -> Backbone:
+    """The adapter of one of our model types."""
+    module, name = FAMILIES[model_type].adapter
     adapter: Backbone = getattr(import_module(f"{__name__}.{module}"), name)()
     return adapter

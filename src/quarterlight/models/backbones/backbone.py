@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,33 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from quarterlight.models.tiles import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """The sizes of a vision tower that its cost follows from; entries are those of matrices.
+
+    width, mlp: columns of a hidden state and of the inner layer of its perceptrons.
+    sequence, patches: hidden states, and those of them that come from pixels, of a tile.
+    layer, embedding, connector: entries of a layer, of the patch embedding and of what follows the tower.
+    outputs: how often a tile goes through the connector.
+    window: patches that a patch sees in the layers that do not see the whole picture; ``None`` where all layers do.
+    whole_layers: how many see all of it.
+    tiles_are_pictures: whether tiles see nothing of each other.
+    """
+
+    width: int
+    mlp: int
+    num_layers: int
+    sequence: int
+    patches: int
+    layer: int
+    embedding: int
+    connector: int
+    outputs: float
+    window: int | None = None
+    whole_layers: int | None = None
+    tiles_are_pictures: bool = False
 
 
 class Backbone(ABC):
@@ -68,6 +96,14 @@ class Backbone(ABC):
         """Visual tokens of a picture for each of its tiles, before anything is rounded."""
 
     @abstractmethod
+    def tower(self, config: Any) -> Tower:
+        """The sizes of the vision tower."""
+
+    @abstractmethod
+    def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:
+        """Tiles of a picture, at most, as its image processor would say."""
+
+    @abstractmethod
     def patches(self, config: Any) -> int:
         """Patches of a tile, for which the vision tower has a hidden state each."""
 
@@ -77,12 +113,25 @@ class Backbone(ABC):
         is cut, and a run that comes out larger is one picture."""
 
     @abstractmethod
-    def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
-        """Shape of ``pixel_values``, and grids, of the least that the tower can look at."""
+    def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
+        """Runs such that the shape of what goes through the tower with a picture never depends on other pictures, and
+        how many blank tiles must be added behind the last for it: the rounding of a product depends on its shape."""
+
+    @abstractmethod
+    def smallest(self) -> Grid:
+        """The grid of a picture of one tile."""
+
+    @abstractmethod
+    def largest(self, config: Any, max_tiles: int, max_pixels: int) -> Grid:
+        """The grid of a picture of 4 : 3 with as many tiles as it may have."""
+
+    @abstractmethod
+    def pixels_shape(self, config: Any, grids: Sequence[Grid]) -> tuple[int, ...]:
+        """Shape of the ``pixel_values`` of pictures."""
 
     def encoder_outputs(self, config: Any, tokens: Tensor) -> dict[str, Any]:
         """Visual tokens as the model's ``mm_encoder_outputs``."""
-        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}  # type: ignore[arg-type]
+        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
 
     def place(self, model: Any, input_ids_BL: Tensor, embeds_BLD: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
         """Embeddings of words with visual tokens in the places of pictures, and what else the language model is given.
@@ -94,6 +143,10 @@ class Backbone(ABC):
         slots = model.get_placeholder_mask(input_ids_BL, embeds_BLD, tokens)  # checks that they are as many
         return embeds_BLD.masked_scatter(slots, tokens), {}
 
+    def base_name(self, name: str) -> str:
+        """What a weight is called in a saved model without a language head, of its name in any saved model."""
+        return name
+
     def picture_settings(self, image_processor: Any) -> dict[str, Any]:
         """Settings of an image processor that change how a picture of known limits is cut."""
         values: dict[str, Any] = image_processor.to_dict()
@@ -101,6 +154,7 @@ class Backbone(ABC):
             values.pop(name)
         return values
 
+    @abstractmethod
     def configure(self, config: Any, settings: Any) -> None:
         """Takes from an embedder's settings what the bare model needs to know to give the same embeddings."""
 
@@ -112,6 +166,6 @@ class Backbone(ABC):
         """Zero, by way of vision tower and connector: where processes share weights, all must use them, or the others
         wait."""
         base = model.base_model
-        shape, grids = self.blank_pixels(model.config)
-        pixels = torch.zeros(shape, device=next(base.parameters()).device)
-        return 0.0 * self.see(model, pixels, grids).sum()
+        grids = [self.smallest()]
+        pixels = torch.zeros(self.pixels_shape(model.config, grids), device=next(base.parameters()).device)
+        return 0.0 * self.see(base, pixels, grids).float().sum()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quarterlight.models.backbones.backbone import Backbone
+from quarterlight.models.backbones.backbone import Backbone, Tower
 from quarterlight.models.tiles import Grid, num_tiles
 
 
@@ -47,6 +47,25 @@ class InternVL(Backbone):
     def tokens_per_tile(self, config: Any) -> float:
         return float(config.image_seq_length)
 
+    def tower(self, config: Any) -> Tower:
+        vision = config.vision_config
+        d, text, patches = vision.hidden_size, config.text_config.hidden_size, self.patches(config)
+        return Tower(
+            width=d,
+            mlp=vision.intermediate_size,
+            num_layers=vision.num_hidden_layers,
+            sequence=1 + patches,  # and the CLS token
+            patches=patches,
+            layer=4 * d * d + 2 * d * vision.intermediate_size,
+            embedding=3 * vision.patch_size[0] * vision.patch_size[1] * d,
+            connector=4 * d * text + text * text,  # behind the pixel shuffle, which puts four patches side by side
+            outputs=config.image_seq_length,
+            tiles_are_pictures=True,
+        )
+
+    def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:
+        return max_tiles + (max_tiles > 1)  # and the thumbnail
+
     def patches(self, config: Any) -> int:
         vision = config.vision_config
         return int((vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1]))
@@ -56,5 +75,20 @@ class InternVL(Backbone):
         total = sum(map(num_tiles, grids))
         return [[min(most_tiles, total - start)] for start in range(0, total, most_tiles)]
 
-    def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
-        return (1, 3, *config.vision_config.image_size), [1]
+    def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
+        """Always as many tiles together."""
+        total = sum(map(num_tiles, grids))
+        blank = -total % most_tiles
+        return [[most_tiles]] * ((total + blank) // most_tiles), blank
+
+    def configure(self, config: Any, settings: Any) -> None:
+        """Nothing: what an item may have reaches the model with the item."""
+
+    def smallest(self) -> Grid:
+        return 1
+
+    def largest(self, config: Any, max_tiles: int, max_pixels: int) -> Grid:
+        return self.most_tiles(config, max_tiles, max_pixels)
+
+    def pixels_shape(self, config: Any, grids: Sequence[Grid]) -> tuple[int, ...]:
+        return (sum(map(num_tiles, grids)), 3, *config.vision_config.image_size)

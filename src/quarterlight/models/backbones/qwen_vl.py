@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from quarterlight.models.backbones.backbone import Backbone
+from quarterlight.models.backbones.backbone import Backbone, Tower
 from quarterlight.models.compression import compressed_grid
 from quarterlight.models.tiles import Grid, num_tiles
 
@@ -47,6 +48,37 @@ class QwenVL(Backbone):
     def tokens_per_tile(self, config: Any) -> float:
         return 1.0 / config.visual_token_compression**2
 
+    def tower(self, config: Any) -> Tower:
+        vision = config.vision_config
+        d, merged = self._widths(vision)
+        mlp = getattr(vision, "intermediate_size", None) or int(d * vision.mlp_ratio)
+        group = vision.spatial_merge_size**2
+        window = getattr(vision, "window_size", None)
+        return Tower(
+            width=d,
+            mlp=mlp,
+            num_layers=vision.depth,
+            sequence=group,
+            patches=group,
+            layer=4 * d * d + (3 if window else 2) * d * mlp,  # Qwen2.5-VL's perceptrons have a gate
+            embedding=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * d,
+            connector=(group * d) ** 2 + group * d * merged,
+            outputs=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+            window=(window // vision.patch_size) ** 2 if window else None,
+            whole_layers=len(vision.fullatt_block_indexes) if window else None,
+        )
+
+    @staticmethod
+    def _widths(vision: Any) -> tuple[int, int]:
+        """Columns of the tower, and of visual tokens."""
+        if hasattr(vision, "embed_dim"):  # what Qwen2-VL calls hidden_size is what later ones call out_hidden_size
+            return vision.embed_dim, vision.hidden_size
+        return vision.hidden_size, vision.out_hidden_size
+
+    def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:
+        vision = config.vision_config
+        return max(1, max_tiles * max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
+
     def patches(self, config: Any) -> int:
         return int(config.vision_config.spatial_merge_size**2)
 
@@ -62,10 +94,22 @@ class QwenVL(Backbone):
             size += num_tiles(grid)
         return runs
 
-    def blank_pixels(self, config: Any) -> tuple[tuple[int, ...], list[Grid]]:
+    def split_alike(self, grids: Sequence[Grid], most_tiles: int) -> tuple[list[list[Grid]], int]:
+        """Each picture alone."""
+        return [[grid] for grid in grids], 0
+
+    def smallest(self) -> Grid:
+        return 1, 1
+
+    def largest(self, config: Any, max_tiles: int, max_pixels: int) -> Grid:
+        most = self.most_tiles(config, max_tiles, max_pixels)
+        rows = max(1, math.isqrt(most * 3 // 4))
+        return rows, most // rows
+
+    def pixels_shape(self, config: Any, grids: Sequence[Grid]) -> tuple[int, ...]:
         vision = config.vision_config
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return (vision.spatial_merge_size**2, numbers), [(1, 1)]
+        return sum(map(num_tiles, grids)) * self.patches(config), numbers
 
     def encoder_outputs(self, config: Any, tokens: Tensor) -> dict[str, Any]:
         # a list of pictures there, which it joins
@@ -75,6 +119,12 @@ class QwenVL(Backbone):
         tokens = tokens.flatten(0, 1).to(embeds_BLD)
         slots, _ = model.get_placeholder_mask(input_ids_BL, embeds_BLD, tokens)  # checks that they are as many
         return embeds_BLD.masked_scatter(slots, tokens), {}
+
+    def base_name(self, name: str) -> str:
+        inner = name.removeprefix("model.")
+        if inner == name or inner.startswith(("language_model.", *(f"{one}." for one in self.eyes))):
+            return inner
+        return f"language_model.{inner}"  # as in the folders that were published first
 
     def picture_settings(self, image_processor: Any) -> dict[str, Any]:
         return super().picture_settings(image_processor) | {"min_pixels": image_processor.size["shortest_edge"]}

@@ -43,7 +43,7 @@ class Qwen2VLVTCConfig(Qwen2VLConfig):
 
 
 @strict
-class Qwen2_5VLVTCConfig(Qwen2_5_VLConfig):  # noqa: N801  as transformers writes it
+class Qwen2_5VLVTCConfig(Qwen2_5_VLConfig):
     """The same of Qwen2.5-VL."""
 
     model_type = "qwen2_5_vl_vtc"

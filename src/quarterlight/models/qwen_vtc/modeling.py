@@ -64,17 +64,17 @@ class _Compressed:
                 found.deepstack_features = [self._compress(one, image_grid_thw) for one in found.deepstack_features]
         return found if return_dict else found.to_tuple()
 
-    def get_rope_index(
-        self, input_ids: Tensor, mm_token_type_ids: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """M-RoPE's positions on the compressed grid."""
+    def get_rope_index(self, *args: Any, **kwargs: Any) -> Any:
+        """M-RoPE's positions on the compressed grid, which must be given by its name as transformers does."""
+        assert len(args) < 3
+        image_grid_thw = kwargs.pop("image_grid_thw", None)
         if image_grid_thw is not None and self.config.visual_token_compression > 1:
             factor, merge = self.config.visual_token_compression, self.config.vision_config.spatial_merge_size
-            grids = [compressed_grid(*one, factor) for one in self._merged(image_grid_thw).tolist()]
+            grids = [compressed_grid(rows, columns, factor) for rows, columns in self._merged(image_grid_thw).tolist()]
             left = torch.tensor(grids, dtype=image_grid_thw.dtype, device=image_grid_thw.device)
             image_grid_thw = torch.cat([image_grid_thw[:, :1], merge * left], dim=1)
         parent: Any = super()
-        return parent.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw=image_grid_thw, **kwargs)
+        return parent.get_rope_index(*args, image_grid_thw=image_grid_thw, **kwargs)
 
     def compute_3d_position_ids(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """None, for places in the row of tokens, where the checkpoint was trained with these."""
@@ -108,7 +108,7 @@ class Qwen2VLVTCForConditionalGeneration(Qwen2VLForConditionalGeneration):
         self.post_init()
 
 
-class Qwen2_5VLVTCModel(_Compressed, Qwen2_5_VLModel):  # noqa: N801  as transformers writes it
+class Qwen2_5VLVTCModel(_Compressed, Qwen2_5_VLModel):
     """Qwen2.5-VL without a language modelling head."""
 
     config_class = Qwen2_5VLVTCConfig
@@ -118,7 +118,7 @@ class Qwen2_5VLVTCModel(_Compressed, Qwen2_5_VLModel):  # noqa: N801  as transfo
     forward = masking_instruction(Qwen2_5_VLModel.forward)
 
 
-class Qwen2_5VLVTCForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+class Qwen2_5VLVTCForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL with its head."""
 
     config_class = Qwen2_5VLVTCConfig
