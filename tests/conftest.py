@@ -23,7 +23,7 @@ from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
 from quarterlight.models.pair import save_pair
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
-from quarterlight.models.tokenizer import train_tokenizer
+from quarterlight.models.tokenizer import train_tokenizer, with_markers
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
 
 TEXTS = (*QUERY_INSTRUCTIONS.values(), *TARGET_INSTRUCTIONS.values(), "Instruct: Query: Text:", "user\nassistant\n")
@@ -100,6 +100,14 @@ def tiny_pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def tiny_embedder(tiny_checkpoint: Path) -> Embedder:
     return Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", tokens_per_batch=600)
+
+
+@pytest.fixture
+def marked(tiny_checkpoint: Path) -> tuple[InternVLVTCModel, InternVLVTCProcessor]:
+    """The same model and processor in memory, with the markers of U-MARVEL added."""
+    model, processor = load_backbone(tiny_checkpoint)
+    with_markers(model, processor.tokenizer, seed=3)
+    return model, processor
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 
 from quarterlight.errors import InputError
 from quarterlight.prompts import (
+    MARKERS,
     QUERY_INSTRUCTIONS,
     TARGET_INSTRUCTIONS,
     Prompt,
+    PromptStyle,
     RerankPart,
     RerankPrompt,
     Role,
+    as_sentence,
     chat_template,
     query_instruction,
     rerank_chat_template,
@@ -65,20 +69,89 @@ def test_golden_with_system_prompt() -> None:
     assert prompt.render() == f"<|im_start|>system\nBe brief.<|im_end|>\n{START}Instruct: Find it. Query: x{END}"
 
 
+@pytest.mark.parametrize(
+    ("parts", "golden"),
+    [
+        (
+            {"role": "query", "instruction": "find it", "text": 'a "red apple"'},
+            '<instruction_start>Find it.<instruction_end> a "red apple.',
+        ),
+        (
+            {"role": "query", "instruction": "Find it?", "num_images": 2, "text": "sliced!"},
+            "<image><image><instruction_start>Find it?<instruction_end> sliced!",
+        ),
+        (
+            {"role": "query", "instruction": "Find it.", "num_images": 1},
+            "<image><instruction_start>Find it.<instruction_end>.",
+        ),
+        ({"role": "query", "num_images": 1}, "<image>"),
+        ({"role": "query", "text": "no instruction"}, "No instruction."),
+        ({"role": "document", "instruction": "Represent it.", "num_images": 1, "text": '"a cat"'}, "<image>A cat."),
+        ({"role": "document", "instruction": "Represent it.", "num_images": 1}, "<image>"),
+    ],
+)
+def test_golden_u_marvel(parts: dict[str, Any], golden: str) -> None:
+    """As the released code has them."""
+    prompt = Prompt(**parts, system="You are a helpful assistant.", style=PromptStyle.U_MARVEL)
+    assert prompt.render() == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{golden}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n"
+    )
+
+
+def test_golden_marked() -> None:
+    prompt = Prompt(role="query", instruction="Find it.", num_images=1, text="x", marked=True)
+    said = "<instruction_start>Instruct: Find it.<instruction_end> <image> Query: x"
+    assert prompt.render() == START + said + END
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a cat", "A cat."),
+        ("  A cat?\n", "A cat?"),
+        ('"quoted"', "Quoted."),
+        ("a\r\nb\rc\r", "A\nb c."),
+        ("éa!", "Éa!"),
+        ("ß", "SS."),
+        ("北京", "北京."),
+        (" ", ""),
+        ('""', ""),
+        ("...", "..."),
+    ],
+)
+def test_sentences(text: str, sentence: str) -> None:
+    assert as_sentence(text) == sentence
+    assert as_sentence(sentence) == sentence
+
+
+@pytest.fixture(scope="module")
+def marked_tokenizer(tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    return tokenizer
+
+
+STYLES = [(PromptStyle.MAGIC, False), (PromptStyle.MAGIC, True), (PromptStyle.U_MARVEL, True)]
+
 PARTS: list[dict[str, Any]] = [
     {"role": role, "instruction": instruction, "num_images": images, "text": text}
     for role, instruction, images, text in itertools.product(
         ("query", "document"),
         ("", "Find it.", "'s odd: 7"),
         (0, 1, 2),
-        ("", "a b", "'ll", "42", "(x)", "héllo  wörld\n\n北京", "-"),
+        ("", "a b", "'ll", "42", "(x)", "héllo  wörld\n\n北京", "-", '"q"', "a\r\nb\rc?"),
     )
 ]
 
 
+@pytest.mark.parametrize(("style", "marked"), STYLES)
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_tokens_of_segments_are_tokens_of_the_whole(parts: dict[str, Any], tokenizer: Any) -> None:
-    prompt = Prompt(**parts, system="Be brief.")
+def test_tokens_of_segments_are_tokens_of_the_whole(
+    parts: dict[str, Any], style: PromptStyle, marked: bool, marked_tokenizer: Any
+) -> None:
+    tokenizer = marked_tokenizer
+    prompt = Prompt(**parts, system="Be brief.", style=style, marked=marked)
     image = "<img><IMG_CONTEXT></img>"
     texts = [image if segment.kind == "image" else segment.text for segment in prompt.segments()]
     by_segment = [token for text in texts for token in tokenizer(text)["input_ids"]]
@@ -87,7 +160,10 @@ def test_tokens_of_segments_are_tokens_of_the_whole(parts: dict[str, Any], token
 
 @pytest.mark.parametrize("parts", [parts for parts in PARTS if parts["instruction"]], ids=str)
 @pytest.mark.parametrize("how", ["task", "prefix"])
-def test_chat_template_renders_the_same(parts: dict[str, Any], how: str, tokenizer: Any) -> None:
+@pytest.mark.parametrize(("style", "marked"), STYLES)
+def test_chat_template_renders_the_same(
+    parts: dict[str, Any], how: str, style: PromptStyle, marked: bool, tokenizer: Any
+) -> None:
     role, instruction = parts["role"], parts["instruction"]
     system = f"{role}: {instruction}" if how == "prefix" else instruction
     content = [{"type": "text", "text": parts["text"]}] if parts["text"] else []
@@ -96,24 +172,30 @@ def test_chat_template_renders_the_same(parts: dict[str, Any], how: str, tokeniz
         {"role": "system", "content": [{"type": "text", "text": system}]},
         {"role": "user", "content": content},
     ]
-    template = chat_template(image="<image>", defaults={"query": {}, "document": {}}, system="Be brief.")
+    template = chat_template(
+        image="<image>", defaults={"query": {}, "document": {}}, system="Be brief.", style=style, marked=marked
+    )
     task = {"task": role} if how == "task" else {}
     rendered = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **task)
-    assert rendered == Prompt(**parts, system="Be brief.").render()
+    assert rendered == Prompt(**parts, system="Be brief.", style=style, marked=marked).render()
 
 
 @pytest.mark.parametrize("role", ["query", "document"])
 @pytest.mark.parametrize("images", [0, 1])
-def test_chat_template_defaults_follow_role_and_modality(role: Role, images: int, tokenizer: Any) -> None:
+@pytest.mark.parametrize("style", PromptStyle)
+def test_chat_template_defaults_follow_role_and_modality(
+    role: Role, images: int, style: PromptStyle, tokenizer: Any
+) -> None:
     defaults: dict[Role, dict[str, str]] = {
         one: {modality: f"{one} {modality}" for modality in ("text", "image", "image,text")}
         for one in ("query", "document")
     }
-    template = chat_template(image="<image>", defaults=defaults)
+    template = chat_template(image="<image>", defaults=defaults, style=style)
     message = {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "x"}]}
     rendered = tokenizer.apply_chat_template([message], chat_template=template, tokenize=False, task=role)
     modality = "image,text" if images else "text"
-    assert rendered == Prompt(role=role, instruction=f"{role} {modality}", num_images=images, text="x").render()
+    prompt = Prompt(role=role, instruction=f"{role} {modality}", num_images=images, text="x", style=style)
+    assert rendered == prompt.render()
 
 
 def test_chat_template_takes_a_bare_string_for_a_document(tokenizer: Any) -> None:

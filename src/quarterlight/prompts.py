@@ -12,6 +12,17 @@ tokenising one segment after the other gives the tokens of the whole string, and
 frame, the instruction, a picture or the text.  :func:`chat_template` says the same in Jinja, for programs that know
 nothing of this package.
 
+U-MARVEL (arXiv:2507.14902) writes queries and candidates alike, without labels, and pools what comes after its question
+too (:attr:`PromptStyle.U_MARVEL`):
+
+    <|im_start|>user
+    <image><instruction_start>{instruction}<instruction_end> {text}<|im_end|>
+    <|im_start|>assistant
+    <emb>.<|im_end|>
+
+Its two markers say where an instruction begins and ends to a program that sees nothing but token ids; words that others
+wrote cannot spell them.  The paper's own template has them too where the mean over all other tokens is the embedding.
+
 A reranker reads a query and one candidate, or several, in one such turn (section 3.4): :class:`RerankPrompt` and
 :func:`rerank_chat_template`.  The paper's line breaks before ``Query:`` and ``Candidate:`` are blanks here, since a
 byte-level tokeniser joins a line break to the mark before it, and the tokens of a query would depend on what follows.
@@ -22,6 +33,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -32,6 +44,23 @@ Role: TypeAlias = Literal["query", "document"]
 
 LABELS: Mapping[Role, str] = MappingProxyType({"query": "Query:", "document": "Text:"})
 """What precedes the text of an item."""
+
+
+class PromptStyle(StrEnum):
+    """Whose template an embedder reads."""
+
+    MAGIC = "magic"
+    """Magic-MM-Embedding's: labels before instruction and text, and the assistant's turn left open"""
+    U_MARVEL = "u_marvel"
+    """U-MARVEL's, without the request for one word that its authors found to do harm: no labels, sentences that begin
+    with a capital and end with a full stop, ``<emb>.`` as the answer; candidates never have an instruction"""
+
+
+EMB = "<emb>"
+INSTRUCTION_START = "<instruction_start>"
+INSTRUCTION_END = "<instruction_end>"
+MARKERS = (EMB, INSTRUCTION_START, INSTRUCTION_END)
+"""Special tokens that U-MARVEL adds to a tokenizer, in the order of their ids."""
 
 QUERY_INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -97,17 +126,39 @@ LISTWISE = (
 
 class Segment(NamedTuple):
     """A run of a prompt. ``text`` is empty for an image, which a backbone spells with its own tokens. The label of the
-    instruction counts as instruction, that of the text as frame."""
+    instruction counts as instruction, that of the text as frame. A marker is a special token at either end of the
+    instruction, and belongs to it."""
 
-    kind: Literal["frame", "instruction", "image", "text"]
+    kind: Literal["frame", "instruction", "image", "text", "marker"]
     text: str
+
+
+def as_sentence(text: str, *, first: bool = True) -> str:
+    """The text without surrounding blanks and double quotes, with a capital in front and a full stop at its end.
+
+    U-MARVEL's treatment of texts and instructions; a text that ends with ``?`` or ``!`` keeps that, an empty one stays
+    empty.  first: ``False`` leaves the beginning as it is, of a text that comes after an instruction.
+    A carriage return disappears with the line break that follows it, and is a blank alone: what stood on either side
+    must not become one word, or a text could spell a special token that nobody saw in it.
+
+    >>> as_sentence(' "a red apple" ')
+    'A red apple.'
+    """
+    text = text.replace("\r\n", "\n").replace("\r", " ").strip()
+    text = text.strip('"').strip() if first else text.rstrip('"').rstrip()
+    if first:
+        text = text[:1].upper() + text[1:]
+    return text + "." * (bool(text) and text[-1] not in ".?!")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One item as it is put to the model, surrounding blanks removed.
 
-    system: an optional system turn before the user's; the ``-hf`` checkpoints of InternVL3 have none.
+    system: an optional system turn before the user's; the ``-hf`` checkpoints of InternVL3 have none, Qwen2-VL's say
+        ``You are a helpful assistant.``
+    style: whose template.  In U-MARVEL's a candidate loses its instruction, and words are put into sentences.
+    marked: whether the instruction, its label included, stands between markers; in U-MARVEL's style it always does.
     """
 
     role: Role
@@ -115,24 +166,51 @@ class Prompt:
     num_images: int = 0
     text: str = ""
     system: str = ""
+    style: PromptStyle = PromptStyle.MAGIC
+    marked: bool = False
 
     def __post_init__(self) -> None:
-        for part in ("instruction", "text", "system"):
-            object.__setattr__(self, part, getattr(self, part).strip())
+        parts = {part: getattr(self, part).strip() for part in ("instruction", "text", "system")}
+        if self.style is PromptStyle.U_MARVEL:
+            parts["instruction"] = as_sentence(parts["instruction"]) if self.role == "query" else ""
+            parts["text"] = as_sentence(parts["text"], first=not parts["instruction"])
+            object.__setattr__(self, "marked", True)
+        for part, value in parts.items():
+            object.__setattr__(self, part, value)
 
     def segments(self) -> tuple[Segment, ...]:
         """The prompt from first to last token; only instruction and text hold words that others wrote."""
+        system = [Segment("frame", f"<|im_start|>system\n{self.system}<|im_end|>\n")] if self.system else []
+        opening = Segment("frame", "<|im_start|>user\n")
+        closing = "<|im_end|>\n<|im_start|>assistant\n"
+        if self.style is PromptStyle.U_MARVEL:
+            return (*system, opening, *self._unlabelled(), Segment("frame", f"{closing}{EMB}.<|im_end|>\n"))
+        return (*system, opening, *self._labelled(), Segment("frame", closing))
+
+    def _labelled(self) -> list[Segment]:
+        """The user's turn in the style of Magic-MM-Embedding."""
         parts: list[Segment] = []
         if self.instruction:
-            parts += [Segment("instruction", "Instruct:"), Segment("instruction", f" {self.instruction}")]
+            said = [Segment("instruction", "Instruct:"), Segment("instruction", f" {self.instruction}")]
+            parts += self._between_markers(said) if self.marked else said
         for _ in range(self.num_images):
             parts += [Segment("frame", " ")] * bool(parts) + [Segment("image", "")]
         if self.text:
             parts += [Segment("frame", " " * bool(parts) + LABELS[self.role]), Segment("text", f" {self.text}")]
-        system = [Segment("frame", f"<|im_start|>system\n{self.system}<|im_end|>\n")] if self.system else []
-        opening = Segment("frame", "<|im_start|>user\n")
-        closing = Segment("frame", "<|im_end|>\n<|im_start|>assistant\n")
-        return (*system, opening, *parts, closing)
+        return parts
+
+    def _unlabelled(self) -> list[Segment]:
+        """The same in the style of U-MARVEL."""
+        parts = [Segment("image", "")] * self.num_images
+        if not self.instruction:
+            return parts + [Segment("text", self.text)] * bool(self.text)
+        parts += self._between_markers([Segment("instruction", self.instruction)])
+        # The full stop belongs to instruction and text together, so one without text has it behind its marker.
+        return [*parts, Segment("text", f" {self.text}") if self.text else Segment("frame", ".")]
+
+    @staticmethod
+    def _between_markers(said: list[Segment]) -> list[Segment]:
+        return [Segment("marker", INSTRUCTION_START), *said, Segment("marker", INSTRUCTION_END)]
 
     def render(self, image: str = "<image>") -> str:
         """The prompt as one string, each picture written as ``image``.
@@ -208,15 +286,25 @@ class RerankPrompt:
         return "".join(image if segment.kind == "image" else segment.text for segment in (*self.prefix(), *self.tail()))
 
 
-def chat_template(*, image: str, defaults: Mapping[Role, Mapping[str, str]], system: str = "") -> str:
+def chat_template(
+    *,
+    image: str,
+    defaults: Mapping[Role, Mapping[str, str]],
+    system: str = "",
+    style: PromptStyle = PromptStyle.MAGIC,
+    marked: bool = False,
+) -> str:
     """A Jinja chat template that renders what :meth:`Prompt.render` does.
 
     One user message is one item.  The role is the template variable ``task`` (``encode_query`` and ``encode_document``
     of sentence-transformers set it), or the prefix ``query:`` / ``document:`` of a system message; a bare item is a
     document.  The rest of the system message is the instruction; without one, it follows from role and modality.
-    image: how a picture is spelt.  defaults: role -> modality -> instruction.  system: as in :class:`Prompt`.
+    image: how a picture is spelt.  defaults: role -> modality -> instruction.
+    system, style, marked: as in :class:`Prompt`.
     """
-    source = _TEMPLATE
+    source = _READING + (_UNLABELLED if style is PromptStyle.U_MARVEL else _LABELLED)
+    said = f"'{INSTRUCTION_START}Instruct: ' ~ instruction ~ '{INSTRUCTION_END}'" if marked else _INSTRUCT
+    source = source.replace("@INSTRUCTION@", said)
     for name, value in {
         "DEFAULTS": {role: dict(instructions) for role, instructions in defaults.items()},
         "LABELS": dict(LABELS),
@@ -275,7 +363,7 @@ _RERANK_TEMPLATE = r"""
 {{- @OPENING@ ~ ns.query ~ ' Candidate:' ~ ns.candidate ~ '<|im_end|>\n<|im_start|>assistant\n' -}}
 """
 
-_TEMPLATE = r"""
+_READING = r"""
 {%- set ns = namespace(role='query' if task == 'query' else 'document', instruction='', images=0, text='') -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}
@@ -300,8 +388,12 @@ _TEMPLATE = r"""
 {%- endif -%}
 {%- endfor -%}
 {%- set modality = 'text' if not ns.images else ('image,text' if ns.text else 'image') -%}
-{%- set instruction = ns.instruction or @DEFAULTS@[ns.role][modality] -%}
-{{- @SYSTEM@ ~ '<|im_start|>user\n' ~ 'Instruct: ' ~ instruction -}}
+"""
+
+_INSTRUCT = "'Instruct: ' ~ instruction"
+
+_LABELLED = r"""{%- set instruction = ns.instruction or @DEFAULTS@[ns.role][modality] -%}
+{{- @SYSTEM@ ~ '<|im_start|>user\n' ~ @INSTRUCTION@ -}}
 {%- for _ in range(ns.images) -%}
 {{- ' ' ~ @IMAGE@ -}}
 {%- endfor -%}
@@ -309,4 +401,27 @@ _TEMPLATE = r"""
 {{- ' ' ~ @LABELS@[ns.role] ~ ' ' ~ ns.text -}}
 {%- endif -%}
 {{- '<|im_end|>\n<|im_start|>assistant\n' -}}
+"""
+
+# The macros are as_sentence: whole, and what both of its uses end with.
+_UNLABELLED = r"""
+{%- macro ended(words) -%}
+{{- words ~ ('.' if words and words[-1] not in ['.', '?', '!'] else '') -}}
+{%- endmacro -%}
+{%- macro plain(words) -%}
+{{- words.replace('\r\n', '\n').replace('\r', ' ').strip() -}}
+{%- endmacro -%}
+{%- macro sentence(words) -%}
+{%- set bare = plain(words).strip('"').strip() -%}
+{{- ended(bare[:1].upper() ~ bare[1:]) -}}
+{%- endmacro -%}
+{%- set instruction = sentence(ns.instruction or @DEFAULTS@['query'][modality]) if ns.role == 'query' else '' -%}
+{{- @SYSTEM@ ~ '<|im_start|>user\n' ~ @IMAGE@ * ns.images -}}
+{%- if instruction -%}
+{%- set text = ended(plain(ns.text).rstrip('"').rstrip()) -%}
+{{- '<instruction_start>' ~ instruction ~ '<instruction_end>' ~ ((' ' ~ text) if text else '.') -}}
+{%- else -%}
+{{- sentence(ns.text) -}}
+{%- endif -%}
+{{- '<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n' -}}
 """

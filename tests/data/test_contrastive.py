@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quarterlight.data.contrastive import BatchSampler, ContrastiveBatch, Fill, TaskMixture
-from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask
+from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.records import Candidate, Item, Query
 
@@ -271,6 +271,36 @@ def test_filling_up_with_repetitions() -> None:
     assert min(thirds["b"], thirds["c"]) > 60
     again = BatchSampler(TaskMixture(tasks=[task]), batch_size=3, num_negatives=5, fill="repeat")
     assert rows_of(again.batch(59)) == rows_of(batch)
+
+
+def test_an_instruction_is_drawn_for_every_row() -> None:
+    """Each as often as the others, and again the same; what else is in a batch does not depend on it."""
+    choices = ("One.", "Two.", "Three.", "Four.")
+    plain = one_task([ask("a", "x"), ask("b", "y"), ask("own", "z", instruction="Own.")] * 8, "xyz")
+    mixture = TaskMixture(tasks=[with_instructions(plain, query=choices), random_task("other", 24, 30)])
+    drawing = {"batch_size": 24, "seed": 5}
+    sampler = BatchSampler(mixture, instructions="random", **drawing)
+    first, again = BatchSampler(mixture, **drawing), BatchSampler(mixture, instructions="random", **drawing)
+    drawn: Counter[str | None] = Counter()
+    for step in range(60):
+        batch, usual = sampler.batch(step), first.batch(step)
+        assert rows_of(batch) == rows_of(usual)
+        assert batch.queries == again.batch(step).queries
+        for one, before in zip(batch.queries, usual.queries, strict=True):
+            assert replace(one, item=replace(one.item, instruction=None)) == replace(
+                before, item=replace(before.item, instruction=None)
+            )
+            if one.qid in ("a", "b"):
+                assert before.item.instruction == "One."
+                drawn[one.item.instruction] += 1
+            else:
+                assert one == before
+    assert set(drawn) == set(choices)
+    assert min(drawn.values()) > 0.8 * max(drawn.values())
+    rows = [[one.item.instruction for one in sampler.batch(step).queries] for step in range(4)]
+    assert len({tuple(row) for row in rows}) > 1
+    with pytest.raises(InputError, match="instructions is one of first, random; got 'second'"):
+        BatchSampler(mixture, batch_size=4, instructions="second")  # type: ignore[arg-type]
 
 
 def test_bad_settings() -> None:

@@ -81,3 +81,17 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
     assert len(str(error.value)) < 200
     with pytest.raises(InputError, match=r"no role 'train-stage4'.*Did you mean"):
         datasets("train-stage4")  # type: ignore[arg-type]
+
+
+def test_tasks_of_m_beir_have_several_instructions() -> None:
+    parts = [entry for entry in datasets("eval-mbeir") if " task" in entry.name]
+    assert len({entry.name for entry in parts}) == 16
+    assert {len(entry.query_instructions) for entry in parts} == {3, 4}
+    assert {entry.name for entry in parts if len(entry.query_instructions) == 3} == {"M-BEIR/InfoSeek task8"}
+    assert all(one.endswith((".", "?")) for entry in parts for one in entry.query_instructions)
+    (cirr,) = {entry.query_instructions for entry in find("M-BEIR/CIRR task7")}
+    assert (
+        cirr[0] == "Retrieve a day-to-day image that aligns with the modification instructions of the provided image."
+    )
+    usual = next(entry for entry in find("MMEB-train/CIRR"))
+    assert usual.instructions is not None and usual.query_instructions == (usual.instructions[0],)

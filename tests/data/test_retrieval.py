@@ -157,6 +157,10 @@ def test_with_instructions(tmp_path: Path) -> None:
     assert with_instructions(ready) == ready
     unknown = make(tmp_path, [query()], [candidate()], "my_own_task").load("my_own_task", "test")
     assert with_instructions(unknown) == unknown
+    several = with_instructions(task, query=["One.", "Two."])
+    assert {q.item.instruction for q in several.queries} == {"One."}
+    assert several.instructions == ("One.", "Two.") and several.candidates == task.candidates
+    assert with_instructions(several) == several
 
 
 def test_with_negatives(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from quarterlight import Item
 from quarterlight.errors import CheckpointError
 from quarterlight.models.checkpoint import (
+    load_backbone,
     load_settings,
     resolve_checkpoint,
     save_checkpoint,
@@ -24,6 +25,7 @@ from quarterlight.models.checkpoint import (
     weights_hash,
 )
 from quarterlight.models.embedder import Embedder
+from quarterlight.models.internvl_vtc.modeling import InternVLVTCForConditionalGeneration
 from quarterlight.models.settings import EmbedderSettings
 
 Pictures = Callable[..., Image.Image]
@@ -162,13 +164,30 @@ def test_save_replaces_an_embedder_and_nothing_else(copy: Path, tmp_path: Path) 
     assert (other / "chapter1.txt").exists()
 
 
-def test_bidirectional_is_written_where_others_read_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    embedder = open_cpu(tiny_checkpoint)
+def test_bidirectional_is_written_where_others_read_it(marked: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = marked
     settings = EmbedderSettings(attention="bidirectional", pooling="mean")  # type: ignore[arg-type]
-    folder = save_checkpoint(tmp_path / "u", embedder.model, embedder.processor, settings)
+    before = model.config.to_dict()
+    folder = save_checkpoint(tmp_path / "u", model, processor, settings)
+    assert model.config.to_dict() == before  # a model in memory may be saved as several things
     config = json.loads((folder / "config.json").read_text())
     assert config["is_causal"] is config["text_config"]["is_causal"] is False
-    assert not (folder / "modules.json").exists()  # no stock pooling leaves the instruction out
+    assert config["masked_instruction"] == processor.tokenizer.convert_tokens_to_ids(
+        ["<instruction_start>", "<instruction_end>"]
+    )
+    writer, _ = load_backbone(save_checkpoint(tmp_path / "h", *with_head(folder), settings, language_head=True))
+    assert writer.config.text_config.is_causal is False
+    writer, _ = load_backbone(tmp_path / "h", language_head=True)
+    assert writer.config.text_config.is_causal is writer.config.is_causal is True
+    assert writer.config.masked_instruction is None
+
+
+def with_head(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder without a head, with one that its embeddings serve as."""
+    model, processor = load_backbone(folder)
+    head = InternVLVTCForConditionalGeneration(model.config)
+    head.model.load_state_dict(model.state_dict())
+    return head.eval(), processor
 
 
 def test_model_hash_changes_with_what_changes_embeddings(copy: Path) -> None:

@@ -89,9 +89,9 @@ def test_batch_size_and_workers_change_nothing(
     )
 
 
-def test_mean_pooling_and_bidirectional_attention(fresh: Embedder, items: list[Any]) -> None:
+def test_mean_pooling_and_bidirectional_attention(fresh: Embedder, marked: tuple[Any, Any], items: list[Any]) -> None:
     settings = EmbedderSettings(method="u-marvel", pooling="mean", attention="bidirectional")  # type: ignore[arg-type]
-    embedder = Embedder.from_model(fresh.model, fresh.processor, settings)
+    embedder = Embedder.from_model(*marked, settings)
     together = embedder.encode_query(items)
     alone = np.concatenate([embedder.encode_query(item) for item in items])
     np.testing.assert_allclose(alone, together, rtol=0, atol=1e-5)

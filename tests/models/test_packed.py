@@ -20,6 +20,7 @@ from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.shared_prefix import common_prefix, embed_shared_prefix
+from quarterlight.models.tokenizer import with_markers
 from quarterlight.records import Item
 
 Pictures = Callable[..., Image.Image]
@@ -33,7 +34,9 @@ def backbone(
     folder = tiny_checkpoint
     if request.param in QWEN:
         folder = plain_qwen(request.param, tmp_path_factory.mktemp("packed") / request.param, tokenizer)
-    return load_backbone(folder, visual_token_compression=2)
+    model, processor = load_backbone(folder, visual_token_compression=2)
+    with_markers(model, processor.tokenizer, seed=0)  # which a mean needs
+    return model, processor
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
@@ -25,6 +25,9 @@ from quarterlight.records import Candidate, Item, Query
 
 Fill: TypeAlias = Literal["none", "repeat"]
 """What becomes of a row with too few hard negatives: it has fewer, or some of them twice."""
+
+Instructions: TypeAlias = Literal["first", "random"]
+"""Which of several instructions a query has: the one it came with, or any, drawn anew whenever it is in a batch."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 
@@ -268,6 +271,8 @@ class BatchSampler:
         arXiv:2410.05160); ``None`` makes it one run.  A task with fewer queries gives runs of all its queries.
     fill: a row with fewer hard negatives than ``num_negatives`` has what there is (``none``), or fills up by drawing
         from them again (``repeat``).  A row without any stays without.
+    instructions: ``random`` gives a query any of its task's, with the same chance (U-MARVEL), unless it has another of
+        its own.  Which one depends on seed, step and row alone.
     """
 
     def __init__(
@@ -279,6 +284,7 @@ class BatchSampler:
         seed: int = 0,
         sub_batch_size: int | None = None,
         fill: Fill = "none",
+        instructions: Instructions = "first",
     ) -> None:
         if batch_size < 1 or num_negatives < 0 or seed < 0:
             raise InputError(
@@ -292,11 +298,14 @@ class BatchSampler:
             )
         if fill not in get_args(Fill):
             raise InputError(f"fill is one of {', '.join(get_args(Fill))}; got {fill!r}.")
+        if instructions not in get_args(Instructions):
+            raise InputError(f"instructions is one of {', '.join(get_args(Instructions))}; got {instructions!r}.")
         self.mixture = mixture
         self.batch_size = batch_size
         self.num_negatives = num_negatives
         self.seed = seed
         self.fill = fill
+        self.instructions = instructions
         self._table = MixtureTable(mixture.tasks)
         self._sizes = np.minimum([len(task.queries) for task in mixture.tasks], self.run_size)
         self._plans: dict[int, tuple[int, _Plan]] = {}  # by task: the pass and its plan
@@ -320,9 +329,14 @@ class BatchSampler:
         # the last number sets it apart from the seed of any plan: trailing zeros make no difference to numpy
         negatives = table.draw_negatives(query, self.num_negatives, self.fill, (self.seed, step, 0, 1))
         candidate = np.append(target, negatives)
+        tasks = [table.tasks[number] for number in table.task_of_query[query].tolist()]
+        queries = [table.queries[number] for number in query.tolist()]
+        if self.instructions == "random":
+            chance = np.random.default_rng((self.seed, step, 0, 2)).random(len(query)).tolist()
+            queries = [_instructed(*row) for row in zip(queries, tasks, chance, strict=True)]
         return ContrastiveBatch(
-            tasks=[table.tasks[number] for number in table.task_of_query[query].tolist()],
-            queries=[table.queries[number] for number in query.tolist()],
+            tasks=tasks,
+            queries=queries,
             candidates=[table.candidates[number] for number in candidate.tolist()],
             known_positive=table.known_positive(query, candidate),
         )
@@ -340,6 +354,14 @@ class BatchSampler:
             plan = self._table.plan(task, size, (self.seed, task, epoch))
             self._plans[task] = epoch, plan
         return plan.query[index], plan.target[index]
+
+
+def _instructed(query: Query, task: RetrievalTask, chance: float) -> Query:
+    """The query with one of the instructions of its task, by a number in [0, 1)."""
+    if not task.instructions or query.item.instruction not in (None, *task.instructions):
+        return query
+    instruction = task.instructions[int(chance * len(task.instructions))]
+    return replace(query, item=replace(query.item, instruction=instruction))
 
 
 def _numbers(values: Iterator[int]) -> _Ints:

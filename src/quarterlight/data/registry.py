@@ -1,8 +1,8 @@
 """The published datasets of this field: what each is, where it lies, and the instructions that the paper gives it.
 
-The tables are ``resources/datasets.csv`` and ``resources/instructions.csv``; every fact in them names its source.
-Beside them lie the texts to take off the front of MMEB's (``mmeb_prefixes.csv``) and the instructions of M-BEIR
-(``mbeir_instructions.csv``).
+The tables are ``resources/datasets.csv``, ``resources/instructions.csv`` (Magic-MM-Embedding's) and
+``resources/mbeir_instructions.csv`` (M-BEIR's, which U-MARVEL trains with); every fact in them names its source.
+Beside them lie the texts to take off the front of MMEB's (``mmeb_prefixes.csv``).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ DatasetRole: TypeAlias = Literal[
 
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000}
 _PARTS = re.compile(r"^MMEB-train/|_(?:t2i|i2t)$| train set$| \(.*\)$")
+_MBEIR = re.compile(r"M-BEIR/(?P<dataset>\w+) task(?P<task>\d)")
 # registry -> instructions, as printed
 _SPELLINGS = {"ColPali": "Colpali", "InfographicsVQA": "InfographicVQA", "Country211": "Country-211"}
 _DIRECTIONS = {("N24News", "IT→T"): "IT→I"}  # the paper's Table 12 has it among the searches for pictures
@@ -93,6 +94,14 @@ class DatasetEntry:
         direction = _DIRECTIONS.get((name, self.direction), self.direction)
         return _instructions().get((_SPELLINGS.get(name, name), direction))
 
+    @property
+    def query_instructions(self) -> tuple[str, ...]:
+        """Every instruction that a query may have: M-BEIR's three or four for a task of M-BEIR, of which the first is
+        ours in evaluation; that of :attr:`instructions` for another dataset; empty where there is none."""
+        if part := _MBEIR.fullmatch(self.name):
+            return _mbeir_instructions()[part["dataset"], part["task"]]
+        return () if self.instructions is None or self.instructions[0] is None else (self.instructions[0],)
+
 
 @cache
 def _entries() -> tuple[DatasetEntry, ...]:
@@ -107,6 +116,17 @@ def _instructions() -> dict[tuple[str, str], tuple[str | None, str]]:
             row["target_instruction"],
         )
         for row in resource_rows("instructions.csv")
+    }
+
+
+@cache
+def _mbeir_instructions() -> dict[tuple[str, str], tuple[str, ...]]:
+    """(dataset, number of the task) -> instructions; one of the 64 is in none of the sources."""
+    return {
+        (row["dataset_name"], row["task_id"]): tuple(
+            row[column] for column in row if column.startswith("prompt_") and row[column] != "unknown"
+        )
+        for row in resource_rows("mbeir_instructions.csv")
     }
 
 

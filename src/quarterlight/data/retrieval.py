@@ -52,6 +52,7 @@ class RetrievalTask:
     Every id that a query names is the id of one of the candidates.
     revision: of the data, where it is known.
     problems: rows of the files that are in neither list, and why.
+    instructions: those that a query may have, where there are several; see :func:`with_instructions`.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class RetrievalTask:
     candidates: list[Candidate]
     revision: str | None = None
     problems: tuple[Problem, ...] = ()
+    instructions: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -68,12 +70,21 @@ class RetrievalTask:
         return f"{self.dataset}/{self.task}.{self.split}"
 
 
-def with_instructions(task: RetrievalTask, *, query: str | None = None, document: str | None = None) -> RetrievalTask:
+def with_instructions(
+    task: RetrievalTask, *, query: str | Sequence[str] | None = None, document: str | None = None
+) -> RetrievalTask:
     """The same task with an instruction in every item that has none of its own.
 
-    query: ``None`` takes the paper's for the task's direction; a task whose name says none keeps to the model's.
+    query: of several, queries get the first, which is how a model is evaluated, and the task keeps all of them, for
+        training to draw from; ``None`` takes the paper's for the task's direction; a task whose name says none keeps to
+        the model's.
     document: ``None`` keeps to the model's default for the candidate's modality.
     """
+    if query is not None and not isinstance(query, str):
+        task = replace(task, instructions=tuple(query))
+        query = None
+    if query is None and task.instructions:
+        query = task.instructions[0]
     if query is None and task.task in QUERY_INSTRUCTIONS:
         query = query_instruction(task.task)
 

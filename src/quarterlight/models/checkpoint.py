@@ -14,7 +14,11 @@ under the path that the adapter names, which breaks when a folder is moved; so o
 ``sentence_bert_config.json`` says so (``adapter_kwargs``).  Bare transformers need the same hint:
 ``AutoModel.from_pretrained(folder, adapter_kwargs={"subfolder": "embedder"})``; without it they open the base.
 
-What sentence-transformers cannot do for us: it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
+The configuration of a bidirectional model says so where transformers looks, and that of a model with mean pooling has
+the markers of the instruction, whose hidden states then are zero: see :mod:`quarterlight.models.masked_instruction`.
+
+What sentence-transformers cannot do for us: it leaves the instruction out of a mean but not the frame (such a model is
+saved without the files of the second line); it does not cut texts at ``text_max_tokens``; ``max_tiles`` is an argument
 of a call (``processing_kwargs={"image": {"max_patches": 4}}``), not of an item, and does not change the instruction; a
 string that is the path or URL of a picture is taken for that picture.  Special tokens in texts are plain text there too
 (our processor's ``apply_chat_template``).
@@ -48,11 +52,22 @@ from quarterlight.errors import CheckpointError
 from quarterlight.models.adapter import has_adapter, merge_lora, weights_without_adapter
 from quarterlight.models.backbones import FAMILIES, backbone_named, backbone_of, family_of, our_model_type
 from quarterlight.models.backbones.backbone import Backbone
+from quarterlight.models.inputs import check_markers
+from quarterlight.models.masked_instruction import MASKED_INSTRUCTION
 from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.rerank_inputs import AnswerTokens
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
-from quarterlight.prompts import LABELS, Prompt, RerankPart, RerankPrompt, chat_template, rerank_chat_template
+from quarterlight.prompts import (
+    INSTRUCTION_END,
+    INSTRUCTION_START,
+    LABELS,
+    Prompt,
+    RerankPart,
+    RerankPrompt,
+    chat_template,
+    rerank_chat_template,
+)
 
 SETTINGS_FILE = "quarterlight.json"
 ADAPTER = "embedder"
@@ -107,9 +122,12 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def load_config(folder: Path, visual_token_compression: int | None = None) -> Any:
+def load_config(
+    folder: Path, visual_token_compression: int | None = None, tower: Mapping[str, Any] | None = None
+) -> Any:
     """The configuration, with compression, of a folder of a known family, with s replaced if one is given.
 
+    tower: settings of the vision tower that replace those of the folder.
     Raises CheckpointError for another kind of model or an impossible s.
     """
     try:
@@ -124,6 +142,8 @@ def load_config(folder: Path, visual_token_compression: int | None = None) -> An
     values.pop("model_type")
     if visual_token_compression is not None:
         values["visual_token_compression"] = visual_token_compression
+    if tower:
+        values["vision_config"] = values["vision_config"] | dict(tower)
     family = FAMILIES[model_type]
     try:
         return family.load(family.config).from_dict(values)
@@ -139,18 +159,23 @@ def load_backbone(
     device: str | torch.device = "cpu",
     language_head: bool = False,
     merge: bool = True,
+    tower: Mapping[str, Any] | None = None,
 ) -> tuple[Any, VTCProcessor]:
     """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
 
     Plain folders (``InternVL3-*-hf``, ``Qwen2-VL-*``, ...) load as well as our own: compression has no weights.
     visual_token_compression: replaces the saved s.
     language_head: adds the head that writes words.  It belongs to the weights without a kept adapter of an embedder,
-        so that one is left out; without a head, and in a reranker, it is merged.
+        so that one is left out; without a head, and in a reranker, it is merged.  Words are written one after the
+        other, so attention is causal and nothing is masked, whatever the folder says of its embeddings.
     merge: ``False`` leaves every adapter out.
+    tower: settings of the vision tower that replace those of the folder, see :mod:`quarterlight.models.presets`.
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
-    config = load_config(folder, visual_token_compression)
+    config = load_config(folder, visual_token_compression, tower)
+    if language_head:
+        _say(config, causal=True, masked=None)
     family = family_of(config)
     kind = family.load(family.generation if language_head else family.model)
     with _quietly():
@@ -262,25 +287,39 @@ def save_checkpoint(
     dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
     adapter: saves the LoRA adapter that the model has beside the weights that it was trained on.
     Raises CheckpointError when the folder exists and is not a model's, or the model lacks the head or the adapter, or
-        has an adapter that is neither merged nor to be saved.
+        has an adapter that is neither merged nor to be saved, or its tokenizer lacks markers that its prompts need.
     """
     backbone: Any = model.base_model
     if language_head and backbone is model:
         raise CheckpointError("The model has no language head to save: load it with language_head=True.")
-    causal = settings.attention is Attention.CAUSAL
+    check_markers(processor.tokenizer, settings)
+    mean = settings.pooling is PoolingMode.MEAN
     with _draft(Path(folder)) as draft:
         processor.image_processor.set_limits(settings.max_tiles, settings.max_pixels)
         backbone_of(backbone.config).configure(backbone.config, settings)
         processor.chat_template = chat_template(
-            image=processor.picture, defaults=settings.instructions, system=settings.system_prompt
+            image=processor.picture,
+            defaults=settings.instructions,
+            system=settings.system_prompt,
+            style=settings.prompt_style,
+            marked=settings.marked,
         )
         kept = model if language_head else backbone
-        _save_weights(draft, kept, processor, dtype=dtype, adapter=ADAPTER if adapter else None, causal=causal)
-        if settings.pooling is PoolingMode.LAST_TOKEN:  # no stock module leaves an instruction out of a mean
-            _write_sentence_transformers_files(draft, backbone.config.text_config.hidden_size, adapter)
+        markers = processor.tokenizer.convert_tokens_to_ids([INSTRUCTION_START, INSTRUCTION_END]) if mean else None
+        with _saying(backbone.config, causal=settings.attention is Attention.CAUSAL, masked=markers):
+            _save_weights(draft, kept, processor, dtype=dtype, adapter=ADAPTER if adapter else None)
+        if settings.pool_frame or not mean:  # no stock module leaves the frame out of a mean
+            dimension = backbone.config.text_config.hidden_size
+            _write_sentence_transformers_files(draft, dimension, "mean" if mean else "lasttoken", adapter)
         templates: dict[str, str] = {
             role: Prompt(
-                role=role, instruction="{instruction}", num_images=1, text="{text}", system=settings.system_prompt
+                role=role,
+                instruction="{instruction}",
+                num_images=1,
+                text="{text}",
+                system=settings.system_prompt,
+                style=settings.prompt_style,
+                marked=settings.marked,
             ).render()
             for role in LABELS
         }
@@ -315,7 +354,8 @@ def save_reranker(
             image=processor.picture, instructions=settings.instructions, system=settings.system_prompt
         )
         processor.chat_template = template
-        _save_weights(draft, model, processor, dtype=dtype, adapter=RERANKER_ADAPTER if adapter else None, causal=True)
+        with _saying(model.config, causal=True, masked=None):
+            _save_weights(draft, model, processor, dtype=dtype, adapter=RERANKER_ADAPTER if adapter else None)
         _write_cross_encoder_files(draft, answers, adapter)
         parts = (RerankPart(num_images=1, text="{text}"),)
         query = RerankPart(instruction="{instruction}", num_images=1, text="{text}")
@@ -328,6 +368,30 @@ def save_reranker(
         description = _describe("reranker", draft, model.config, settings, templates, manifest)
         _write_json(draft / SETTINGS_FILE, description | {"adapter": RERANKER_ADAPTER if adapter else None})
     return Path(folder)
+
+
+def _say(config: Any, *, causal: bool, masked: list[int] | None) -> None:
+    """Writes into the configuration of a backbone what its tokens see, and which of them a mean leaves out."""
+    for one in (config, config.text_config):  # vLLM reads the first, transformers the second
+        one.is_causal = causal
+    setattr(config, MASKED_INSTRUCTION, masked)
+
+
+@contextmanager
+def _saying(config: Any, *, causal: bool, masked: list[int] | None) -> Iterator[None]:
+    """The same for a while: a model in memory is told with every call, and may be saved as several things."""
+    # as they are, not as getattr fills them in: transformers takes an is_causal of None for False
+    before = [(one, dict(vars(one))) for one in (config, config.text_config)]
+    _say(config, causal=causal, masked=masked)
+    try:
+        yield
+    finally:
+        for one, values in before:
+            for name in ("is_causal", MASKED_INSTRUCTION):
+                if name in values:
+                    setattr(one, name, values[name])
+                elif name in vars(one):
+                    delattr(one, name)
 
 
 @contextmanager
@@ -351,7 +415,6 @@ def _save_weights(
     *,
     dtype: torch.dtype | None,
     adapter: str | None,
-    causal: bool,
 ) -> None:
     """Weights, configuration, tokenizer and processor. adapter: folder for the one that the model has."""
     backbone = model.base_model
@@ -359,8 +422,6 @@ def _save_weights(
         raise CheckpointError("The model has no LoRA adapter to save: add one with add_lora, and do not merge it.")
     if has_adapter(backbone) and not adapter:
         raise CheckpointError("The model has a LoRA adapter inside: call merge_lora first, or save with adapter=True.")
-    for config in (backbone.config, backbone.config.text_config):  # vLLM reads the first, transformers the second
-        config.is_causal = causal
     processor.agree_with(backbone.config)
     _shell(model).save_pretrained(draft, state_dict=_cast(weights_without_adapter(model), dtype))
     if dtype:
@@ -433,8 +494,11 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bool) -> None:
-    """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules."""
+def _write_sentence_transformers_files(folder: Path, dimension: int, pooling: str, adapter: bool) -> None:
+    """What makes ``SentenceTransformer(folder)`` assemble the same embedder from its stock modules.
+
+    pooling: as they call it.
+    """
     modules = {
         "": "sentence_transformers.base.modules.transformer.Transformer",
         "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
@@ -455,7 +519,7 @@ def _write_sentence_transformers_files(folder: Path, dimension: int, adapter: bo
             **({"model_kwargs": {"adapter_kwargs": {"subfolder": ADAPTER}}} if adapter else {}),
         },
     )
-    _write_json(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": "lasttoken"})
+    _write_json(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": pooling})
     _write_json(folder / "2_Normalize/config.json", {})
     _write_json(
         folder / "config_sentence_transformers.json",

@@ -36,9 +36,11 @@ from quarterlight.models.checkpoint import (
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import embed
+from quarterlight.models.presets import preset_of
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.tiles import Grid, Tiles, num_tiles
+from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import Role, chat_template
 from quarterlight.records import ArchiveMember, ImageSource, Item, ItemLike
 
@@ -67,6 +69,7 @@ class Embedder:
     """
 
     _folder: Path | None = None  # of a model in memory
+    _released: Mapping[str, Any] | None = None  # what a preset changed in the model of the folder
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Embedder:
         tokens_per_batch: int = 8192,
         num_workers: int = 2,
         packed: bool = False,
+        preset: str | None = None,
     ) -> None:
         """
         model: a bundled name, a folder or a hub id.
@@ -89,19 +93,27 @@ class Embedder:
         num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
         packed: rows go through the language model one after the other in one sequence, without padding, rather than
             side by side; see :mod:`quarterlight.models.packed`.  Changes embeddings by rounding only.
-        Raises CheckpointError when there is no such model, InputError for an impossible ``truncate_dim``.
+        preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
+            ``None`` finds it by the name of the model, where that has one.
+        Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        released = preset_of(model, folder, preset)
         backbone, processor = load_backbone(
             folder,
             visual_token_compression=visual_token_compression,
             dtype=dtype or best_dtype(place),
             device=place,
+            tower=released.tower if released else None,
         )
-        self._assemble(
-            backbone, processor, load_settings(folder), str(model), truncate_dim, tokens_per_batch, num_workers, packed
-        )
+        if released:
+            settings = released.settings
+            with_markers(backbone, processor.tokenizer, seed=released.marker_seed)
+            self._released = {"marker_seed": released.marker_seed, "tower": dict(released.tower)}
+        else:
+            settings = load_settings(folder)
+        self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers, packed)
         self._folder = folder
 
     @classmethod
@@ -172,13 +184,18 @@ class Embedder:
         """SHA-256, in hex, of the weights and all else that changes an embedding; device and dtype, which change it by
         rounding only, are left out. Reads all weights the first time."""
         weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
-        settings = self.settings.to_dict()
-        for name in ("method", *self._backbone.unheeded):
-            settings.pop(name)
+        settings = self.settings.what_matters()
+        for name in self._backbone.unheeded:
+            settings.pop(name, None)
         recipe = {
             "weights": weights_hash(weights),
             "settings": settings,
-            "template": chat_template(image=self.processor.picture, defaults=self.settings.instructions),
+            "template": chat_template(
+                image=self.processor.picture,
+                defaults=self.settings.instructions,
+                style=self.settings.prompt_style,
+                marked=self.settings.marked,
+            ),
             "tokenizer": self.processor.tokenizer.backend_tokenizer.to_str(),
             "image_processor": self._backbone.picture_settings(self.processor.image_processor),
             "visual_token_compression": self.model.config.visual_token_compression,
@@ -186,6 +203,8 @@ class Embedder:
         }
         if self._folder and (adapter := saved_adapter(self._folder)):
             recipe["adapter"] = adapter
+        if self._released:
+            recipe["released"] = self._released
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quarterlight.errors import InputError
+from quarterlight.errors import CheckpointError, InputError
 from quarterlight.images import load_image
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.tiles import Grid, Tiles
-from quarterlight.prompts import Prompt, Role, Segment
+from quarterlight.prompts import MARKERS, Prompt, Role, Segment
 from quarterlight.records import ImageSource, Item, ItemLike
 
 _tokenizing = threading.Lock()
@@ -34,6 +34,20 @@ def frame_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Token ids of words of our own, in which special tokens mean what they say."""
     with _tokenizing:
         return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+
+def check_markers(tokenizer: Any, settings: EmbedderSettings) -> None:
+    """Raises CheckpointError when the prompts need markers of instructions that the tokenizer does not have."""
+    if not settings.marked:
+        return
+    known = tokenizer.get_added_vocab()
+    if missing := [one for one in MARKERS if one not in known]:
+        raise CheckpointError(
+            f"The model in {tokenizer.name_or_path or 'memory'} has prompts of the style {settings.prompt_style} and "
+            f"{settings.pooling} pooling, for which its tokenizer needs {', '.join(MARKERS)}; it lacks "
+            f"{', '.join(missing)}. They are added once, before training, with "
+            "quarterlight.models.tokenizer.with_markers, and saved with the model."
+        )
 
 
 @dataclass(frozen=True)
@@ -81,11 +95,13 @@ class SegmentTokenizer:
     """Token ids of prompts, segment by segment; texts and instructions are plain text whatever they contain.
 
     text_max_tokens: tokens above which the end of a text is cut off.
+    pool_frame: ``False`` counts the frame among what a mean leaves out.
     """
 
-    def __init__(self, processor: VTCProcessor, text_max_tokens: int) -> None:
+    def __init__(self, processor: VTCProcessor, text_max_tokens: int, *, pool_frame: bool = True) -> None:
         self.processor = processor
         self.text_max_tokens = text_max_tokens
+        self._unpooled = ("instruction", "marker") if pool_frame else ("instruction", "marker", "frame")
         self._plain = PlainText(processor.tokenizer)
         self._ids = lru_cache(maxsize=1024)(self._encode)
 
@@ -109,9 +125,10 @@ class SegmentTokenizer:
         return 2 + self.processor.num_visual_tokens(grid)
 
     def expand(self, prompt: TokenizedPrompt, grids: Sequence[Grid]) -> tuple[list[int], list[int]]:
-        """All token ids, and 1 for each that belongs to the instruction.
+        """All token ids, and 1 for each that a mean leaves out: those of the instruction, its markers included.
 
         grids: of each picture.
+        A row of nothing else keeps the frame that it should leave out: there is no mean of no tokens.
         """
         processor, counts = self.processor, iter(grids)
         all_ids: list[int] = []
@@ -121,7 +138,10 @@ class SegmentTokenizer:
                 context = [processor.image_token_id] * processor.num_visual_tokens(next(counts))
                 ids = (processor.start_image_token_id, *context, processor.end_image_token_id)
             all_ids += ids
-            instruction += [int(kind == "instruction")] * len(ids)
+            instruction += [int(kind in self._unpooled)] * len(ids)
+        if all(instruction):
+            spared = ((int(kind != "frame"), len(ids)) for kind, ids in prompt.runs)
+            instruction = [one for one, count in spared for _ in range(count)]
         return all_ids, instruction
 
     def _encode(self, kind: str, text: str) -> tuple[int, ...]:
@@ -141,7 +161,8 @@ class InputFormatter:
     def __init__(self, processor: VTCProcessor, settings: EmbedderSettings) -> None:
         self.processor = processor
         self.settings = settings
-        self._tokenize = SegmentTokenizer(processor, settings.text_max_tokens)
+        check_markers(processor.tokenizer, settings)
+        self._tokenize = SegmentTokenizer(processor, settings.text_max_tokens, pool_frame=settings.pool_frame)
 
     def __call__(self, items: Sequence[ItemLike], role: Role, instruction: str | None = None) -> dict[str, Tensor]:
         """Tensors on the CPU for :func:`quarterlight.models.pooling.embed`; pictures are decoded here.
@@ -179,6 +200,8 @@ class InputFormatter:
             num_images=len(item.images),
             text=text,
             system=self.settings.system_prompt,
+            style=self.settings.prompt_style,
+            marked=self.settings.marked,
         )
 
     def max_tiles(self, item: Item) -> int:

@@ -54,9 +54,9 @@ def embed(model: nn.Module, inputs: Mapping[str, Any], *, pooling: PoolingMode, 
     Rows padded on the right need no mask under causal attention, as nothing real comes after the padding.
     """
     attention_mask, instruction_mask = inputs["attention_mask"], inputs["instruction_mask"]
-    rest: dict[str, Any] = {"attention_mask": attention_mask, "is_causal": False}
-    if attention is Attention.CAUSAL:
-        rest = {}
+    rest: dict[str, Any] = {"is_causal": attention is Attention.CAUSAL}  # whatever the configuration says
+    if attention is Attention.BIDIRECTIONAL:
+        rest["attention_mask"] = attention_mask
     if (position_ids := inputs.get("position_ids")) is not None:
         rest["position_ids"] = position_ids
     rest.update(seen(model, inputs))

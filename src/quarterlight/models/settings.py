@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from quarterlight.errors import CheckpointError, did_you_mean
 from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.positions import Positions
-from quarterlight.prompts import TARGET_INSTRUCTIONS, UNKNOWN_TARGET, Role, query_instruction
+from quarterlight.prompts import TARGET_INSTRUCTIONS, UNKNOWN_TARGET, PromptStyle, Role, query_instruction
 
 
 def default_instructions() -> dict[Role, dict[str, str]]:
@@ -77,11 +77,34 @@ class EmbedderSettings(_Settings):
     """what a token sees"""
     instructions: Mapping[Role, Mapping[str, str]] = field(default_factory=default_instructions)
     """role -> modality -> instruction of items without one"""
+    prompt_style: PromptStyle = PromptStyle.MAGIC
+    """whose template"""
+    pool_frame: bool = True
+    """whether a mean counts the tokens of the template (system turn, roles, labels, ``<emb>.``) as U-MARVEL's does; one
+    that does not is beyond the stock modules of sentence-transformers, for which such a model is not saved"""
+
+    LATER: ClassVar[tuple[str, ...]] = ("prompt_style", "pool_frame", "max_pixels", "positions")
+    """settings that models saved by earlier versions do not name"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "prompt_style", PromptStyle(self.prompt_style))
         object.__setattr__(self, "pooling", PoolingMode(self.pooling))
         object.__setattr__(self, "attention", Attention(self.attention))
+
+    @property
+    def marked(self) -> bool:
+        """Whether instructions stand between markers, so that the tokenizer must have them: in U-MARVEL's style, and
+        wherever a mean leaves the instruction out."""
+        return self.prompt_style is PromptStyle.U_MARVEL or self.pooling is PoolingMode.MEAN
+
+    def what_matters(self) -> dict[str, Any]:
+        """The settings that change an embedding, for hashes; a later one is among them where it is in use, so that the
+        hash of an older model stays what it was."""
+        values = self.to_dict()
+        defaults = EmbedderSettings().to_dict()
+        unused = {name for name in self.LATER if values[name] == defaults[name]}
+        return {name: value for name, value in values.items() if name not in {"method", *unused}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
             position_ids=None if position_ids is None else position_ids[:, :1, :P],
             past_key_values=alone,
             use_cache=True,
+            is_causal=True,
         )
         cache = repeated(alone, len(embeds))
     rest = embeds[:, P:]
@@ -67,6 +68,7 @@ def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         position_ids=None if position_ids is None else position_ids[:, :, P:],
         past_key_values=cache,
         use_cache=P > 0,
+        is_causal=True,
         **more,
     ).last_hidden_state
     pooled = pool(hidden_BLD, mask[:, P:], torch.zeros_like(mask[:, P:]), PoolingMode.LAST_TOKEN)

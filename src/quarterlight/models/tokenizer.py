@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from transformers import AddedToken, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from quarterlight.errors import CheckpointError
+from quarterlight.prompts import MARKERS
 
 NAMED_TOKENS = {
     "start_image_token": "<img>",
@@ -76,3 +81,42 @@ def with_words(bpe: Tokenizer, words: Sequence[str]) -> Tokenizer:
             vocabulary.setdefault(first + second, len(vocabulary))
             pieces = [first + second, *rest]
     return Tokenizer.from_str(json.dumps(state))
+
+
+def with_markers(model: Any, tokenizer: Any, *, seed: int) -> None:
+    """Adds :data:`~quarterlight.prompts.MARKERS` to a tokenizer, and their embeddings to its model.
+
+    Both are changed in place, once: what has the markers, and rows for them, stays as it is.  Save the model
+    afterwards, and they come with it; loading never adds any.  A published matrix has often more rows than its
+    tokenizer has words: the markers take the first of these, and the matrix only grows where it has none left.
+    model: with or without a language head, and before LoRA.  seed: decides the rows, which are drawn as those of a new
+    model are, from a normal distribution with ``initializer_range`` as its standard deviation, in float32.
+    Raises CheckpointError for a tokenizer that has some of the markers only.
+    """
+    known = tokenizer.get_added_vocab()
+    if present := [one for one in MARKERS if one in known]:
+        if len(present) < len(MARKERS):
+            raise CheckpointError(
+                f"The tokenizer has {', '.join(present)} but not all of {', '.join(MARKERS)}: it was made for "
+                "something else, and its model cannot be given the others."
+            )
+    else:
+        added = [AddedToken(one, special=True, normalized=False) for one in MARKERS]
+        tokenizer.add_tokens(added, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    rows = model.get_input_embeddings().num_embeddings
+    if present and max(ids) < rows:
+        return
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    text: Any = model.config.get_text_config()
+    matrices = {id(one.weight): one.weight for one in (model.get_input_embeddings(), _head(model)) if one is not None}
+    for number, weight in enumerate(matrices.values()):  # one if the head is tied
+        generator = torch.Generator().manual_seed(seed + number)
+        drawn = torch.randn(len(ids), weight.shape[1], generator=generator) * text.initializer_range
+        with torch.no_grad():
+            weight[ids] = drawn.to(weight)
+
+
+def _head(model: Any) -> Any:
+    return None if model.base_model is model else model.get_output_embeddings()

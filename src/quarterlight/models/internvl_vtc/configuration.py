@@ -16,12 +16,14 @@ class InternVLVTCConfig(InternVLConfig):
 
     ``image_seq_length``, the number of tokens a tile costs, follows from the tower's patch grid, the pixel shuffle and
     s, whatever a file says: 256 for 448 px tiles at s = 1, 64 at s = 2, 16 at s = 4.
+    ``masked_instruction``: see :mod:`quarterlight.models.masked_instruction`.
     Raises ValueError when the patch grid is not square or cannot be divided by the pixel shuffle times s.
     """
 
     model_type = "internvl_vtc"
 
     visual_token_compression: int = 1
+    masked_instruction: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

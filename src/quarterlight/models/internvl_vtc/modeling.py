@@ -14,6 +14,7 @@ from transformers.models.internvl.modeling_internvl import (
 
 from quarterlight.models.compression import compress
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
+from quarterlight.models.masked_instruction import masking_instruction
 
 
 class InternVLVTCModel(InternVLModel):
@@ -22,6 +23,8 @@ class InternVLVTCModel(InternVLModel):
     config_class = InternVLVTCConfig
     config: InternVLVTCConfig
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012  of checkpoints with a language head
+
+    forward = masking_instruction(InternVLModel.forward)
 
     def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
         return super().pixel_shuffle(compress(vision_features, self.config.visual_token_compression), scale_factor)

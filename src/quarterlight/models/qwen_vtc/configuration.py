@@ -27,13 +27,15 @@ class Qwen2VLVTCConfig(Qwen2VLConfig):
     """Qwen2-VL's configuration with s and :class:`quarterlight.models.positions.Positions`.
 
     ``visual_token_compression`` shrinks the grid of merged patches, so that a picture costs a quarter of its tokens at
-    s = 2; 1 leaves the backbone as it was.  Raises ValueError for another s or unknown positions.
+    s = 2; 1 leaves the backbone as it was.  ``masked_instruction``: see
+    :mod:`quarterlight.models.masked_instruction`.  Raises ValueError for another s or unknown positions.
     """
 
     model_type = "qwen2_vl_vtc"
 
     visual_token_compression: int = 1
     positions: str = "mrope"
+    masked_instruction: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -48,6 +50,7 @@ class Qwen2_5VLVTCConfig(Qwen2_5_VLConfig):
 
     visual_token_compression: int = 1
     positions: str = "mrope"
+    masked_instruction: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -62,6 +65,7 @@ class Qwen3VLVTCConfig(Qwen3VLConfig):
 
     visual_token_compression: int = 1
     positions: str = "mrope"
+    masked_instruction: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

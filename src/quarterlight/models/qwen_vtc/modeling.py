@@ -28,6 +28,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 from quarterlight.models.compression import compress_grid, compressed_grid
+from quarterlight.models.masked_instruction import masking_instruction
 from quarterlight.models.positions import Positions
 from quarterlight.models.qwen_vtc.configuration import Qwen2_5VLVTCConfig, Qwen2VLVTCConfig, Qwen3VLVTCConfig
 
@@ -91,6 +92,8 @@ class Qwen2VLVTCModel(_Compressed, Qwen2VLModel):
     config: Qwen2VLVTCConfig
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012  of checkpoints with a language head
 
+    forward = masking_instruction(Qwen2VLModel.forward)
+
 
 class Qwen2VLVTCForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """Qwen2-VL with its head: for restoration (stage 1), judging and reranking."""
@@ -112,6 +115,8 @@ class Qwen2_5VLVTCModel(_Compressed, Qwen2_5_VLModel):
     config: Qwen2_5VLVTCConfig
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012
 
+    forward = masking_instruction(Qwen2_5_VLModel.forward)
+
 
 class Qwen2_5VLVTCForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL with its head."""
@@ -132,6 +137,8 @@ class Qwen3VLVTCModel(_Compressed, Qwen3VLModel):
     config_class = Qwen3VLVTCConfig
     config: Qwen3VLVTCConfig
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # noqa: RUF012
+
+    forward = masking_instruction(Qwen3VLModel.forward)
 
 
 class Qwen3VLVTCForConditionalGeneration(Qwen3VLForConditionalGeneration):
