@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from quarterlight.cli import bench_vtc
+from quarterlight.models import shapes
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 
@@ -54,3 +56,28 @@ def test_floor_is_arithmetic_or_reading(tiny_values: dict[str, Any]) -> None:
     assert slow_arithmetic.vision_floor_ms == pytest.approx(vision_flop)
     assert slow_reading.vision_floor_ms == pytest.approx(vision_bytes * 1e3)
     assert (slow_reading.vision_ms, slow_reading.text_ms, slow_reading.total_ms) == (500.0, 250.0, 750.0)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL-2B", "Qwen3-VL-4B"])
+def test_cases_of_a_qwen_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so few columns and layers that it takes no time, on the picture that is timed."""
+    full = shapes.QWEN_SHAPES[name]
+    head = {"head_dim": 8} if "head_dim" in full.text else {}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    eyes = {"depth": 2, "num_heads": 2, "hidden_size": 16}
+    eyes |= {"embed_dim": 16} if "embed_dim" in full.vision else {"out_hidden_size": 16, "intermediate_size": 32}
+    eyes |= {"deepstack_visual_indexes": [0]} if "deepstack_visual_indexes" in full.vision else {}
+    text = {**full.text, **small, **head, "intermediate_size": 32, "rope_parameters": rope}
+    tiny = replace(full, vision={**full.vision, **eyes}, text=text)
+    monkeypatch.setattr(shapes, "QWEN_SHAPES", {name: tiny})
+    monkeypatch.setattr(bench_vtc, "MAX_TILES", {"natural image": 1})
+    cases = bench_vtc._cases(name, (1, 2), "cpu", 2)
+    tokens = {1: 300, 2: 70} if name == "Qwen2-VL-2B" else {1: 221, 2: 48}  # 15 x 20 and 13 x 17 at s = 1
+    with torch.inference_mode():
+        for (kind, factor), case in cases.items():
+            assert bench_vtc._visual_tokens(case.config, kind) == tokens[factor]
+            assert case.vision().shape[0] == 2 * tokens[factor]
+            assert case.text().last_hidden_state.shape == (2, 19 + tokens[factor], 16)
+    (slow, _), (fast, _) = (bench_vtc._work(cases["natural image", s].config, "natural image") for s in (1, 2))
+    assert slow == fast  # the tower is the same; what follows it is not

@@ -372,3 +372,16 @@ def test_a_pair_shares_its_eyes(plain: Path, tmp_path: Path, items: list[Any]) -
     other = save_reranker(tmp_path / "other", model, processor, RerankerSettings())
     with pytest.raises(CheckpointError, match="differ in vision tower"):
         save_pair(tmp_path / "none", embedder, other)
+
+
+def test_cross_encoder_gives_the_same_scores(plain: Path, tmp_path: Path, items: list[Any]) -> None:
+    from sentence_transformers import CrossEncoder
+
+    model, processor = load_backbone(plain, visual_token_compression=2, language_head=True)
+    saved = save_reranker(tmp_path / "saved", model, processor, RerankerSettings(max_pixels=30 * 64))
+    opened = CrossEncoder(str(saved), device="cpu", model_kwargs={"dtype": torch.float32})
+    simple = [items[0], items[1], items[2], items[5]]  # without several pictures or an own limit
+    pairs = [(query, candidate) for query in (items[0], items[2]) for candidate in simple]
+    found = opened.predict(pairs, batch_size=3)
+    ours = Reranker(saved, dtype=torch.float32, device="cpu")
+    np.testing.assert_allclose(found, ours.predict(pairs), atol=1e-5)
