@@ -21,7 +21,8 @@ import numpy.typing as npt
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import InputError
 from quarterlight.metrics.fusion import places
-from quarterlight.metrics.ranking import METRICS, First, Ranks, chance_ranks, first_k, rank_embeddings
+from quarterlight.metrics.ranking import METRICS, First, Ranks, chance_ranks
+from quarterlight.metrics.search import first_k, rank_embeddings
 from quarterlight.models.readable import encode_readable
 from quarterlight.records import Item, Problem, Query
 
