@@ -166,6 +166,6 @@ def test_unknown_names() -> None:
     for name in ("hit@0", "hit", "hit@-1", "ndcg@five"):
         with pytest.raises(InputError, match="There is no metric"):
             metric_named(name)
-    with pytest.raises(InputError, match="no way 'frist' to break ties. Did you mean 'first'"):
+    with pytest.raises(InputError, match=r"no way 'frist' to break ties\. Did you mean 'first'"):
         measure("hit@1", rank_scores(np.array([[1.0]]), [[0]]), ties="frist")  # type: ignore[arg-type]
     assert trec_name("ndcg_exponential@5") is None
