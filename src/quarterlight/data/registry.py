@@ -1,6 +1,8 @@
 """The published datasets of this field: what each is, where it lies, and the instructions that the paper gives it.
 
 The tables are ``resources/datasets.csv`` and ``resources/instructions.csv``; every fact in them names its source.
+Beside them lie the texts to take off the front of MMEB's (``mmeb_prefixes.csv``) and the instructions of M-BEIR
+(``mbeir_instructions.csv``).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ DatasetRole: TypeAlias = Literal[
 
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000}
 _PARTS = re.compile(r"^MMEB-train/|_(?:t2i|i2t)$| train set$| \(.*\)$")
-_SPELLINGS = {"ColPali": "Colpali", "InfographicsVQA": "InfographicVQA"}  # registry -> instructions, as printed
+# registry -> instructions, as printed
+_SPELLINGS = {"ColPali": "Colpali", "InfographicsVQA": "InfographicVQA", "Country211": "Country-211"}
+_DIRECTIONS = {("N24News", "IT→T"): "IT→I"}  # the paper's Table 12 has it among the searches for pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +90,13 @@ class DatasetEntry:
         name = self.name
         while (shorter := _PARTS.sub("", name)) != name:
             name = shorter
-        return _instructions().get((_SPELLINGS.get(name, name), self.direction))
+        direction = _DIRECTIONS.get((name, self.direction), self.direction)
+        return _instructions().get((_SPELLINGS.get(name, name), direction))
 
 
 @cache
 def _entries() -> tuple[DatasetEntry, ...]:
-    return tuple(DatasetEntry(**row) for row in _rows("datasets.csv"))  # type: ignore[arg-type]
+    return tuple(DatasetEntry(**row) for row in resource_rows("datasets.csv"))  # type: ignore[arg-type]
 
 
 @cache
@@ -101,11 +106,12 @@ def _instructions() -> dict[tuple[str, str], tuple[str | None, str]]:
             None if row["query_instruction"] == "-" else row["query_instruction"],
             row["target_instruction"],
         )
-        for row in _rows("instructions.csv")
+        for row in resource_rows("instructions.csv")
     }
 
 
-def _rows(name: str) -> list[dict[str, str]]:
+def resource_rows(name: str) -> list[dict[str, str]]:
+    """The rows of a table among this package's resources, by column."""
     text = (files("quarterlight.data") / "resources" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
