@@ -40,6 +40,7 @@ GROUP_BY = ("lang", "text_kind", "change")
 
 _CHUNK = 2048  # items put to the embedder at once: enough to sort by length, few enough to report progress
 _QUERIES = 128  # reranked at once, likewise; processes share them in whole blocks, so that none depends on their number
+_NO_NUMBER = "the reranker gave a score that is not a number; its candidates stay in the order of the search"
 
 _T = TypeVar("_T")
 
@@ -140,7 +141,8 @@ class TaskResult:
     reranked: the scores of the same queries after the reranker; ``None`` without one.
     num_reranked: candidates of each query that it was given.
     num_pairs, rerank_seconds: distinct pairs that it scored, and how long that took.
-    official, official_reranked: the number of the benchmark, when a metric was named.
+    official, official_reranked: the number of the benchmark, when a metric was named.  Queries of which the reranker
+        gave a score that is no number stay in the order of the search, and are among the problems.
     ranking, ranking_reranked: query by query; not part of :meth:`to_json`.
     """
 
@@ -249,7 +251,7 @@ class RetrievalEvaluator:
         seconds = time.monotonic() - started
 
         pool = self._rankable(task)
-        plain = reranked = _Scored.nothing(names)
+        plain = reranked = _Scored.nothing(metric, ties)
         reranking = _Reranking()
         if pool.queries:
             query_QD = self._query_vectors.of(query.item for query in pool.queries)
@@ -281,7 +283,11 @@ class RetrievalEvaluator:
                     pool.queries, self.group_by, plain.values, plain.chance, reranked.values if with_reranker else None
                 )
             ),
-            problems=(*task.problems, *pool.problems),
+            problems=(
+                *task.problems,
+                *pool.problems,
+                *(Problem(pool.queries[row].qid, _NO_NUMBER) for row in reranking.not_numbers),
+            ),
             instructions=tuple(sorted({item.instruction for item in query_items if item.instruction is not None})),
             num_embedded=num_embedded,
             seconds=seconds,
@@ -355,6 +361,7 @@ class RetrievalEvaluator:
         own = self._share(len(queries))
         place_BK = np.zeros((len(own), column_QK.shape[1]), np.int64)
         num_pairs = 0
+        not_numbers: list[int] = []
         self.on_rerank(0, len(own))
         for start in range(own.start, own.stop, _QUERIES):
             rows = range(start, min(start + _QUERIES, own.stop))
@@ -366,15 +373,19 @@ class RetrievalEvaluator:
             for row in rows:
                 has = column_QK[row] >= 0  # a query with a few candidates of its own has no more
                 score_K = np.array([next(scores) for _ in range(int(has.sum()))], np.float32)
+                if not np.isfinite(score_K).all():
+                    not_numbers.append(row)
+                    score_K = np.zeros_like(score_K)
                 place_BK[row - own.start, has] = places(recall_QK[row, has], score_K, weight)
             num_pairs += len(distinct)
             self.on_rerank(rows.stop - own.start, len(own))
-        parts = self._gather([(place_BK, num_pairs)])
+        parts = self._gather([(place_BK, num_pairs, not_numbers)])
         return _Reranking(
-            First(column_QK, np.concatenate([part for part, _ in parts])),
+            First(column_QK, np.concatenate([part[0] for part in parts])),
             column_QK.shape[1],
-            sum(number for _, number in parts),
+            sum(part[1] for part in parts),
             time.monotonic() - started,
+            [row for part in parts for row in part[2]],
         )
 
     def _rankable(self, task: RetrievalTask) -> _Pool:
@@ -441,6 +452,7 @@ class _Reranking(NamedTuple):
     num_reranked: int = 0
     num_pairs: int = 0
     seconds: float = 0.0
+    not_numbers: Sequence[int] = ()
 
 
 class _Pool(NamedTuple):
@@ -461,8 +473,10 @@ class _Scored(NamedTuple):
     ranking: Ranking | None
 
     @classmethod
-    def nothing(cls, names: Sequence[str]) -> _Scored:
-        return cls({}, {}, None, None)
+    def nothing(cls, metric: str | None, ties: Ties) -> _Scored:
+        """Of a task of which no query can be scored."""
+        official = metric and Official(metric=metric, ties=ties, value=None, expected=None, num_tied=0)
+        return cls({}, {}, official or None, None)
 
     @classmethod
     def of(cls, found: Found, pool: _Pool, names: Sequence[str], metric: str | None, ties: Ties, depth: int) -> _Scored:
