@@ -1,4 +1,4 @@
-"""``quarterlight evaluate``: how well a model retrieves, task by task, next to chance; suites next to what is published."""
+"""``quarterlight evaluate``: how well a model retrieves, task by task, next to chance and to what is published."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def evaluate(
     torchrun --nproc-per-node 8 -m quarterlight evaluate --suite visdoc --model runs/my_model --out runs/visdoc
     quarterlight evaluate --compare runs/a/results.json runs/b/results.json
 
-    R@k of datasets is that of M-BEIR: the share of queries with any right candidate among the first k. A suite is scored
-    as its official evaluator does; embeddings are kept, so that a stopped run goes on and the next one is quick.
+    R@k of datasets is that of M-BEIR: the share of queries with any right candidate among the first k. A suite is
+    scored as its official evaluator does; embeddings are kept, so that a stopped run goes on and the next is quick.
     """
     if compare is not None:
         _compare(compare, seed, json)
@@ -292,17 +292,26 @@ def run_suite_command(
 
 
 def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
-    from quarterlight.evaluation.report import averages_table, tasks_table
+    """The tasks and our averages; what is published stands in the report."""
+    from quarterlight.evaluation.report import percent
 
-    for title, shown in ((suite.title, tasks_table(record)), ("Averages", averages_table(suite, record))):
-        table = console.table(*shown.columns, title=title, right=tuple(shown.columns[shown.left :]))
-        for number, row in enumerate(shown.rows):
-            table.add_row(*map(escape, row), style="bold" if number in shown.ours else None)
-        console.out.print(table)
-        console.out.print()
-    problems = sum(one["num_problems"] for one in record["tasks"])
-    if problems:
-        console.err.print(f"{problems:,} queries, candidates and rows were left out or are not whole: see the report.")
+    after = ["reranked"] if record["reranker"] else []
+    numbers = ("queries", "pool", "score", *after, "chance")
+    table = console.table("task", "metric", *numbers, title=f"{suite.title}, percent", right=numbers)
+    for one in record["tasks"]:
+        scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
+        queries = _of(one["num_scored"], one["num_queries"])
+        pool = _of(one["num_scored_candidates"], one["num_candidates"])
+        chance = percent(one["chance"].get(one["metric"]))
+        table.add_row(escape(one["name"]), one["metric"], queries, pool, *scores, chance)
+    for one in record["averages"]:
+        scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
+        counted = _of(one["num_tasks"] - one["num_missing"], one["num_tasks"])
+        table.add_row(escape(one["name"]), f"mean of {counted} tasks", "", "", *scores, style="bold")
+    console.out.print(table)
+    left_out = sum(one["num_problems"] for one in record["tasks"])
+    if left_out:
+        console.err.print(f"{left_out:,} queries, candidates and rows were left out or are not whole: see the report.")
     console.err.print(f"Report: {page} (and .html), numbers: {page.parent / 'results.json'}", soft_wrap=True)
 
 

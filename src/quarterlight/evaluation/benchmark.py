@@ -6,6 +6,7 @@ files a task: per query, the run, and the judgements.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -159,7 +160,8 @@ def task_record(
     """
     official, after = result.official, result.official_reranked
     assert official is not None
-    documents = {item.instruction for item in (one.item for one in task.candidates) if item.instruction is not None}
+    documents = {one.item.instruction for one in task.candidates if one.item.instruction is not None}
+    tiles = {one.item.max_tiles for one in (*task.queries, *task.candidates) if one.item.max_tiles is not None}
     return {
         "name": declared.name,
         "group": declared.group,
@@ -169,8 +171,9 @@ def task_record(
         "hub_id": declared.hub_id,
         "pinned_revision": declared.revision,
         "revision": result.revision,
+        "rows_sha256": fingerprint(task),
         "instructions": {"query": list(result.instructions), "document": sorted(documents)},
-        "max_tiles": declared.max_tiles,
+        "max_tiles": sorted(tiles),
         "metric": declared.metric,
         "ties": declared.ties,
         "score": official.value,
@@ -253,6 +256,27 @@ def one_per_picture(task: RetrievalTask) -> RetrievalTask | None:
         queries=[query(one) for one in task.queries],
         candidates=[candidate for candidate in task.candidates if candidate.did in kept],
     )
+
+
+def fingerprint(task: RetrievalTask) -> str:
+    """SHA-256, in hex, of the ids, texts, positives, own candidates and grades of a task; pictures are not in it.
+
+    It tells whether two runs were asked the same where no revision is known.
+    """
+    digest = hashlib.sha256()
+    for query in task.queries:
+        row = (
+            query.qid,
+            query.item.text,
+            query.positives,
+            query.candidates,
+            query.excluded,
+            sorted(query.grades.items()),
+        )
+        digest.update(json.dumps(row).encode())
+    for candidate in task.candidates:
+        digest.update(json.dumps((candidate.did, candidate.item.text)).encode())
+    return digest.hexdigest()
 
 
 def file_name(task: str) -> str:

@@ -251,9 +251,9 @@ def _made_with(record: Mapping[str, Any]) -> list[Block]:
         [
             one["name"],
             one["hub_id"] or _MISSING,
-            one["revision"] or "unknown",
+            one["revision"] or f"unknown; rows {one['rows_sha256'][:12]}",
             one["split"],
-            str(one["max_tiles"]),
+            ", ".join(map(str, one["max_tiles"])) or _MISSING,
             "; ".join(one["instructions"]["query"]) or "the model's own",
             "; ".join(one["instructions"]["document"]) or "the model's own",
         ]
