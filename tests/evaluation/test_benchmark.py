@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from quarterlight.evaluation.benchmark import (
 from quarterlight.evaluation.retrieval import RetrievalEvaluator
 from quarterlight.evaluation.suites import SUITES, Average, Suite, SuiteTask, load_suite, open_task
 from quarterlight.models.settings import RerankerSettings
-from quarterlight.records import Candidate, Item, Query
+from quarterlight.records import Candidate, Item, Problem, Query
 
 Vectors = dict[str, tuple[float, ...]]
 
@@ -175,8 +175,6 @@ def test_reranking_within_own_candidates_and_scores_that_are_no_numbers() -> Non
 
 def test_a_run_counts_what_it_scored(tmp_path: Path) -> None:
     suite = suite_of(declared("a/1 x"), declared("b"), declared("c"))
-    from quarterlight.records import Problem
-
     tasks = {
         "a/1 x": task_of([query("north", "n2"), query("east", "east", excluded=("east",))], ["n2", "east"]),
         "b": task_of([query("east", "east")], ["n2", "east"], problems=(Problem("row 7", "it has no positive"),)),
@@ -298,9 +296,9 @@ def test_not_a_record(tmp_path: Path) -> None:
 
 
 class Lengths:
-    """A model without a network: the letters of a text, and how bright a picture is."""
+    """A model without a network: the letters of a text, and how bright the parts of a picture are."""
 
-    name, model_hash, dimension = "lengths", "1e46", 27
+    name, model_hash, dimension = "lengths", "1e46", 42
 
     def __init__(self) -> None:
         from quarterlight.models.settings import EmbedderSettings
@@ -310,39 +308,87 @@ class Lengths:
     def encode_query(self, items: Sequence[Item], /) -> np.ndarray:
         from quarterlight.images import load_image
 
-        rows = np.zeros((len(items), 27), np.float32)
+        rows = np.full((len(items), 42), 1e-3, np.float32)
         for row, item in zip(rows, items, strict=True):
             for letter in (item.text or "").lower():
                 if "a" <= letter <= "z":
                     row[ord(letter) - ord("a")] += 1
-            row[26] = 1e-3 + sum(float(np.asarray(load_image(one)).mean()) / 255 for one in item.images)
+            for one in item.images:
+                small = load_image(one).convert("L").resize((4, 4))
+                row[26:] += np.asarray(small, np.float32).reshape(-1) / 32
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     encode_document = encode_query
 
 
+def naive(task: RetrievalTask, metric: str, ties: str) -> list[float]:
+    """A benchmark's metric as its own evaluator would be written, one query and one candidate at a time."""
+    model = Lengths()
+    vector = {one.did: model.encode_document([one.item])[0] for one in task.candidates}
+    values = []
+    for one in task.queries:
+        pool = [did for did in one.candidates or vector if did not in one.excluded]
+        asked = model.encode_query([one.item])[0]
+        score = {did: round(float(vector[did].astype(float) @ asked), 6) for did in pool}
+        right = set(one.positives)
+        orders = []
+        if ties == "strict":
+            orders = [sorted(pool, key=lambda did: (-score[did], did in right))]
+        elif ties == "first":
+            orders = [sorted(pool, key=lambda did: -score[did])]
+        else:  # every order of what is tied, or many
+            generator = np.random.default_rng(0)
+            every = len(pool) <= 5
+            shuffled = permutations(pool) if every else (generator.permutation(pool).tolist() for _ in range(300))
+            if len(set(score.values())) == len(pool):
+                shuffled = iter([pool])
+            orders = [sorted(some, key=lambda did: -score[did]) for some in shuffled]
+        values.append(float(np.mean([_value(metric, order, one) for order in orders])))
+    return values
+
+
+def _value(metric: str, order: list[str], one: Query) -> float:
+    name, _, number = metric.partition("@")
+    k = int(number or 1)
+    hits = [did in one.positives for did in order[:k]]
+    if name in ("precision", "hit", "accuracy"):
+        return float(any(hits))
+    if name == "map":
+        return sum(sum(hits[: n + 1]) / (n + 1) for n, hit in enumerate(hits) if hit) / min(k, len(one.positives))
+    assert name == "ndcg_linear"
+    gains = [one.grades.get(did, 1) if did in one.positives else 0 for did in order[:k]]
+    ideal = sorted((one.grades.get(did, 1) for did in one.positives), reverse=True)[:k]
+    return sum(g / np.log2(n + 2) for n, g in enumerate(gains)) / sum(g / np.log2(n + 2) for n, g in enumerate(ideal))
+
+
 @pytest.mark.parametrize("name", SUITES)
-def test_every_suite_runs_from_its_files(name: str, tmp_path: Path) -> None:
+def test_every_suite_scores_its_files_as_its_own_evaluator_would(name: str, tmp_path: Path) -> None:
     suite = load_suite(name)
     data = write_suite(name, tmp_path / "data")
     tasks = [task for task in suite.tasks if HAS_PYAV or task.loader not in ("msrvtt", "msvd")]
-    opened: Callable[[SuiteTask], RetrievalTask] = lambda task: open_task(task, data, pictures=tmp_path)  # noqa: E731
+
+    def opened(task: SuiteTask) -> RetrievalTask:
+        return open_task(task, data, pictures=tmp_path)
+
     record = run_suite(RetrievalEvaluator(Lengths()), suite, tasks, opened)
     assert [one["name"] for one in record.tasks] == [task.name for task in tasks]
-    for one in record.tasks:
+    for declaration, one in zip(tasks, record.tasks, strict=True):
         assert one["num_scored"] == one["num_queries"] > 0
-        assert 0 <= one["score"] <= 1
+        expected = np.mean(naive(opened(declaration), declaration.metric, declaration.ties))
+        sampled = declaration.ties == "expected" and one["num_tied"] and one["num_candidates"] > 5
+        assert one["score"] == pytest.approx(expected, abs=0.06 if sampled else 1e-9), declaration.name
     if len(tasks) == len(suite.tasks):
         assert all(one["score"] is not None for one in record.averages)
     json.dumps(record.to_json(), allow_nan=False)
 
 
-def test_files_of_a_task_are_whole_or_absent(tmp_path: Path) -> None:
+def test_the_files_of_a_task(tmp_path: Path) -> None:
     task = task_of([query("north", "n2")], ["n2", "east"])
     result = bare(Table(VECTORS), depth=1).evaluate(task, metric="precision@1")
     write_task(tmp_path, "a", task, result)
-    assert not list(tmp_path.rglob("*.part"))
-    shutil.rmtree(tmp_path / "queries")
+    write_task(tmp_path, "a", task, result)  # in place of the first
+    files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert files == {"queries/a.parquet", "runs/a.trec", "qrels/a.trec"}
 
 
 def test_averages_of_reranked_scores_need_all_tasks() -> None:
