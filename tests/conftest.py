@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_ASSETS_CACHE", str(Path(tempfile.gettempdir()) / f"quarterlight-tests-{os.getuid()}"))
 
 import numpy as np
 import pytest

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tests.data import layouts
 
 from quarterlight.cli.main import program
 
@@ -105,3 +106,17 @@ def test_convert_says_what_became_of_the_rows(run: Run, rows: Path) -> None:
     assert code == 1 and "There is no layout 'message'" in stderr
     code, _, stderr = run("convert", rows, "--from", "grounding", "--boxes", "xyz", "--out", out)
     assert code == 1 and "xyxy or xywh" in stderr
+
+
+def test_training_data_becomes_a_retrieval_folder(run: Run, tmp_path: Path) -> None:
+    layouts.write_mme5(tmp_path / "mme5")
+    arguments = ["convert", tmp_path / "mme5", "--from", "mme5", "--to", "retrieval", "--out", tmp_path / "out"]
+    code, _, err = run(*arguments, "--task", "i2t", "--option", "config=Retrieval")
+    assert code == 1 and "2 rows are of another direction than i2t" in err
+    code, out, _ = run(*arguments, "--task", "t2i", "--option", "config=Retrieval", "--json")
+    assert code == 0
+    assert json.loads(out)["queries"] == 1 and json.loads(out)["other"] == 1
+    code, _, err = run("check", tmp_path / "out")
+    assert (code, err) == (0, "No problems.")
+    assert "--to retrieval needs a --task" in run(*arguments)[2]
+    assert "written name=value, got 'config'" in run(*arguments, "--task", "t2i", "--option", "config")[2]

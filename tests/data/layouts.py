@@ -228,7 +228,7 @@ def write_sugarcrepe(folder: Path, task: SuiteTask) -> None:
     write_pictures(folder / "images/val2017", [row["filename"] for row in rows.values()])
 
 
-def write_ccneg(folder: Path) -> None:
+def write_ccneg(folder: Path, task: SuiteTask | None = None) -> None:
     import torch
 
     annotations = [
@@ -271,7 +271,7 @@ def write_mbeir(folder: Path, split: str = "test") -> None:
                     "qid": f"{DATASETS[name]}:{base + index}",
                     "query_txt": text,
                     "query_img_path": path,
-                    "query_modality": asks,
+                    "query_modality": "text,image" if asks == "image,text" and index else asks,
                     "query_src_content": None,
                     "pos_cand_list": [pool[index]["did"]],
                     "neg_cand_list": [pool[2]["did"]] if split == "train" else [],
@@ -304,7 +304,7 @@ def write_mbeir(folder: Path, split: str = "test") -> None:
 # --- Zero-shot --------------------------------------------------------------------------------------------------------
 
 
-def write_circo(folder: Path) -> None:
+def write_circo(folder: Path, task: SuiteTask | None = None) -> None:
     images = [{"id": 100 + n, "file_name": f"000000000{100 + n}.jpg"} for n in range(5)]
     write_json(folder / "annotations/image_info_unlabeled2017.json", {"images": images})
     rows = [
@@ -347,7 +347,7 @@ def write_genecis(folder: Path, task: SuiteTask) -> None:
         write_pictures(folder / f"vg/{subset}", names)
 
 
-def write_visdial(folder: Path) -> None:
+def write_visdial(folder: Path, task: SuiteTask | None = None) -> None:
     dialogs = [
         {"image_id": 7 + n, "caption": "c", "dialog": [{"question": 0, "answer": n}, {"question": 1, "answer": 1}]}
         for n in range(2)
@@ -358,7 +358,7 @@ def write_visdial(folder: Path) -> None:
     write_pictures(folder / "VisualDialog_val2018", names)
 
 
-def write_vist(folder: Path) -> None:
+def write_vist(folder: Path, task: SuiteTask | None = None) -> None:
     """Two stories of three pictures that share one; the second cannot be told for want of a picture."""
     stories = {"s1": ["1", "2", "3"], "s2": ["2", "4", "5"], "s3": ["1", "9", "2"]}
     annotations = [
@@ -370,7 +370,7 @@ def write_vist(folder: Path) -> None:
     write_pictures(folder / "images/val", ["1.jpg", "2.png", "3.gif", "4.jpg", "5.jpg"])
 
 
-def write_fashioniq_turns(folder: Path) -> None:
+def write_fashioniq_turns(folder: Path, task: SuiteTask | None = None) -> None:
     rows = [
         {"reference": [["x", ["is red", ""], "B1"], ["x", ["is longer", "has sleeves"], "B2"]], "target": ["x", "B3"]},
         {"reference": [["x", ["is blue"], "B2"]], "target": ["x", "B4"]},
@@ -394,7 +394,7 @@ def write_video(path: Path, shades: Sequence[int]) -> None:
         video.mux(stream.encode())  # type: ignore[attr-defined]
 
 
-def write_msrvtt(folder: Path) -> None:
+def write_msrvtt(folder: Path, task: SuiteTask | None = None) -> None:
     path = folder / "annotations/MSRVTT_JSFUSION_test.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -406,7 +406,7 @@ def write_msrvtt(folder: Path) -> None:
             write_video(folder / f"videos/video{n}.mp4", range(0, 240, 10))
 
 
-def write_msvd(folder: Path) -> None:
+def write_msvd(folder: Path, task: SuiteTask | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "test_list.txt").write_text("clip_a\nclip_b\n", encoding="utf-8")
     captions = {"clip_a": [["a", "cat"], ["the", "cat"]], "clip_b": [["a", "dog"]], "train": [["no"]]}
@@ -433,18 +433,158 @@ def write_retrieval(folder: Path, task: SuiteTask) -> None:
     write_pictures(folder / "images", ["c0.png", "c1.png", "q0.png", "q1.png"])
 
 
+# --- Training sets ----------------------------------------------------------------------------------------------------
+
+
+def write_mmeb_train(folder: Path) -> None:
+    """CIRR without columns of negatives, OK-VQA with a negative text, WebQA with a stray mark; other splits."""
+    prefix = "Given an image, find a similar everyday image with the described changes: "
+    cirr = [
+        {
+            "qry": f"<|image_1|>\n{prefix}make it red {n}\n",
+            "qry_image_path": f"images/CIRR/Train/a hot dog {n}.jpg",
+            "pos_text": "<|image_1|>\nRepresent the given image.\n",
+            "pos_image_path": f"images/CIRR/Train/t{n}.jpg",
+        }
+        for n in range(2)
+    ]
+    write_parquet(folder / "CIRR/original-00000-of-00001.parquet", cirr)
+    paraphrased = [row | {"qry": "Now find <|image_1|> changed"} for row in cirr]
+    write_parquet(folder / "CIRR/diverse_instruction-00000-of-00001.parquet", paraphrased)
+    write_parquet(folder / "CIRR/train-00000-of-00001.parquet", cirr)
+    (folder / "images_zip").mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / "images_zip/CIRR.zip", "w") as archive:
+        for number, name in enumerate(path for row in cirr for path in (row["qry_image_path"], row["pos_image_path"])):
+            archive.writestr(name, png(number))
+    question = "<|image_1|> Represent the given image with the following question: what is it?\n"
+    vqa = {"qry": question, "qry_image_path": "images/OK-VQA/Train/1.jpg", "pos_text": "a cat\n", "pos_image_path": ""}
+    write_parquet(
+        folder / "OK-VQA/original-00000-of-00001.parquet", [vqa | {"neg_text": "a dog\n", "neg_image_path": ""}]
+    )
+    write_pictures(folder, ["images/OK-VQA/Train/1.jpg", "images/WebQA/Train/1.jpg"])
+    webqa = {
+        "qry": "<|image_1|>\nFind a Wikipedia image that answers this question: who?\n",
+        "qry_image_path": "",
+        "pos_text": "<|image_1|>\nRepresent the given Wikipedia image with related text information: A man.\n",
+        "pos_image_path": "images/WebQA/Train/1.jpg",
+    }
+    write_parquet(folder / "WebQA/original-00000-of-00001.parquet", [webqa])
+
+
+def write_mme5(folder: Path) -> None:
+    """A config with rows of two directions; its negatives are lists written out."""
+    rows = [
+        {
+            "qry": "Find a picture of: <|image_1|> a cat\n",
+            "qry_image_path": "",
+            "pos_text": "<|image_1|>\n",
+            "pos_image_path": "LAION_Synthetic/1.jpg",
+            "neg_text": "['', \"it's\"]",
+            "neg_image_path": "['LAION_Synthetic/2.jpg', '']",
+        },
+        {
+            "qry": "<|image_1|>\nWhat is it?\n",
+            "qry_image_path": "LAION_Synthetic/1.jpg",
+            "pos_text": "a cat",
+            "pos_image_path": "",
+            "neg_text": "[]",
+            "neg_image_path": "[]",
+        },
+    ]
+    write_parquet(folder / "Retrieval/Retrieval.parquet", rows)
+    write_pictures(folder, ["LAION_Synthetic/1.jpg", "LAION_Synthetic/2.jpg"])
+
+
+def write_megapairs(folder: Path) -> None:
+    row = {"q_img": "1.jpg", "q_text": ["make it red", "in red"], "t_img": "2.jpg", "hns": ["1.jpg", "3.jpg"]}
+    write_jsonl(folder / "megapairs.jsonl", [row, row | {"t_img": "missing.jpg"}])
+    write_pictures(folder, ["1.jpg", "2.jpg", "3.jpg"])
+
+
+def write_colpali(folder: Path) -> None:
+    """Two questions on one page, as bytes."""
+    rows = [
+        {
+            "image": {"bytes": png(5), "path": None},
+            "image_filename": "images/p.jpg",
+            "query": f"question {n}?",
+            "answer": "['a', 'b']",
+            "source": "pdf",
+            "options": None,
+            "page": "3",
+            "model": "m",
+            "prompt": "p",
+            "answer_type": None,
+        }
+        for n in range(2)
+    ]
+    write_parquet(folder / "data/train-00000-of-00082.parquet", rows)
+
+
+def write_docmatix(folder: Path) -> None:
+    pages = [{"bytes": png(n), "path": None} for n in range(6)]
+    texts = [{"user": f"question {n}?", "assistant": f"answer {n}.", "source": "s"} for n in range(2)]
+    write_parquet(folder / "data/train-00000-of-01106.parquet", [{"images": pages, "texts": texts}])
+
+
+def write_bge_pairs(folder: Path) -> None:
+    rows = [{"query": "q", "pos": ["p1", "p2"], "neg": ["n"], "pos_scores": [1.0, 0.5]}, {"query": "r", "pos": []}]
+    write_jsonl(folder / "len-0-500.jsonl", rows)
+
+
+def write_nli(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = 'sent0,sent1,hard_neg\n"A man, running.",A man moves.,A man sleeps.\n'
+    (folder / "nli_for_simcse.csv").write_text(text, encoding="utf-8")
+
+
+def write_blip(folder: Path) -> None:
+    rows = [{"image": "1.jpg", "caption": "a cat"}, {"url": "https://example.org/2.jpg", "caption": "a dog"}]
+    write_json(folder / "ccs_filtered.json", rows)
+    write_pictures(folder, ["1.jpg"])
+
+
+def write_cc3m(folder: Path) -> None:
+    rows = {"0": {"h5v": "images/GCC_train_1.jpg", "h5a": "none", "text": "", "instruct_ans": ["a cat"]}}
+    write_json(folder / "train_anno.json", rows)
+    write_pictures(folder, ["images/GCC_train_1.jpg"])
+
+
+def write_classes(folder: Path) -> None:
+    write_pictures(folder, ["n01/a.JPEG", "n01/b.JPEG", "n01/c.JPEG", "n02/a.JPEG"])
+
+
+def write_mbeir_train(folder: Path) -> None:
+    write_mbeir(folder, "train")
+
+
+CORPUS_WRITERS: dict[str, Callable[[Path], None]] = {
+    "mmeb_train": write_mmeb_train,
+    "mme5": write_mme5,
+    "megapairs": write_megapairs,
+    "pages": write_colpali,
+    "docmatix": write_docmatix,
+    "pairs": write_bge_pairs,
+    "nli": write_nli,
+    "captions": write_blip,
+    "cc3m": write_cc3m,
+    "classes": write_classes,
+    "mbeir": write_mbeir_train,
+}
+"""Layout of training data -> what writes it."""
+
 WRITERS: dict[str, Callable[[Path, SuiteTask], None]] = {
     "beir": write_beir,
     "captions": write_captions,
     "sugarcrepe": write_sugarcrepe,
-    "ccneg": lambda folder, task: write_ccneg(folder),
-    "circo": lambda folder, task: write_circo(folder),
+    "ccneg": write_ccneg,
+    "circo": write_circo,
     "genecis": write_genecis,
-    "visdial": lambda folder, task: write_visdial(folder),
-    "vist": lambda folder, task: write_vist(folder),
-    "fashioniq_turns": lambda folder, task: write_fashioniq_turns(folder),
-    "msrvtt": lambda folder, task: write_msrvtt(folder),
-    "msvd": lambda folder, task: write_msvd(folder),
+    "visdial": write_visdial,
+    "vist": write_vist,
+    "fashioniq_turns": write_fashioniq_turns,
+    "msrvtt": write_msrvtt,
+    "msvd": write_msvd,
     "retrieval": write_retrieval,
 }
 """Loader -> what writes one dataset in its layout; MMEB and M-BEIR are written whole."""

@@ -93,6 +93,22 @@ def test_messages_with_parts(folder: Path) -> None:
     ]
 
 
+def test_instructions_in_words(folder: Path) -> None:
+    rows = [
+        {"instruction": "Translate.", "input": "rot", "output": "red", "task_type": {}},  # COIG-CQIA
+        {"instruction": "Name a fruit.", "input": "", "output": "Apple"},
+        {"kind": "Poem", "input": "Write a line.", "target": "A line."},  # firefly
+        {"instruction": "No answer.", "input": ""},
+    ]
+    found, counts = run(folder, rows, "instruction")
+    assert [row["messages"] for row in found] == [
+        said("Translate.\nrot", "red"),
+        said("Name a fruit.", "Apple"),
+        said("Write a line.", "A line."),
+    ]
+    assert len(counts.problems) == 1 and "row 4: the row must have an instruction" in counts.problems[0]
+
+
 def test_boxes_become_thousandths_of_the_picture(folder: Path) -> None:
     row = {"image": "a.png", "objects": [{"phrase": "the cat", "box": [20, 10, 100, 50]}]}  # of 200 x 100 pixels
     question = "Please provide the bounding box coordinate of the region this sentence describes: <ref>the cat</ref>"

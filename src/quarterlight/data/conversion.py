@@ -1,11 +1,12 @@
 """The usual layouts of instruction data, captions, boxes and class labels to conversations, without duplicates.
 
-llava      {"id", "image": path or list, "conversations": [{"from": "human" or "gpt", "value"}]}
-sharegpt   the same with "images", or with "conversation": [{"human": ..., "assistant": ...}]
-messages   {"messages": [{"role", "content"}], "images"}; a content may be a list of text and image parts
-grounding  {"image", "objects": [{"phrase", "box": [x1, y1, x2, y2] or a list of these}], "width", "height"}
-labels     {"image", "label"}; or a folder with a folder of pictures for each class
-retrieval  a retrieval dataset, whose tasks i2t and it2t become questions and answers
+llava        {"id", "image": path or list, "conversations": [{"from": "human" or "gpt", "value"}]}
+sharegpt     the same with "images", or with "conversation": [{"human": ..., "assistant": ...}]
+messages     {"messages": [{"role", "content"}], "images"}; a content may be a list of text and image parts
+grounding    {"image", "objects": [{"phrase", "box": [x1, y1, x2, y2] or a list of these}], "width", "height"}
+instruction  {"instruction", "input", "output"} (COIG-CQIA), or {"input", "target"} (firefly); no pictures
+labels       {"image", "label"}; or a folder with a folder of pictures for each class
+retrieval    a retrieval dataset, whose tasks i2t and it2t become questions and answers
 """
 
 from __future__ import annotations
@@ -298,6 +299,20 @@ def _messages(source: Path, layout: Layout, places: _Places) -> _Rows:
     return _each(source, build)
 
 
+def _instruction(source: Path, layout: Layout, places: _Places) -> _Rows:
+    """A task in words, what it is about if anything, and its answer."""
+
+    def build(row: Row) -> Row:
+        answer = row.get("output", row.get("target"))
+        parts = [row.get(key) or "" for key in ("instruction", "input")]
+        if not isinstance(answer, str) or not all(isinstance(part, str) for part in parts):
+            raise DatasetError("the row must have an instruction or an input, and an output or a target, in words")
+        asked = "\n".join(part.strip() for part in parts if part.strip())
+        return {"id": row.get("id"), "messages": [_message("user", asked), _message("assistant", answer)], "images": []}
+
+    return _each(source, build)
+
+
 def _part(part: Any, images: list[str]) -> str:
     """One part of a content as text; the path of a picture is added to ``images``."""
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -422,6 +437,7 @@ LAYOUTS: Mapping[str, Callable[[Path, Layout, _Places], _Rows]] = MappingProxyTy
         "llava": _shared,
         "sharegpt": _shared,
         "messages": _messages,
+        "instruction": _instruction,
         "grounding": _grounding,
         "labels": _labels,
         "retrieval": _retrieval,

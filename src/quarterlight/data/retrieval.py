@@ -5,6 +5,8 @@
       pools/<task>.<split>.jsonl[.gz]       did, txt, img_path
       images.zip                            the pictures; or a folder images/; or any folders beside queries/
 
+A row with several pictures, such as the pages of a document, has a list of their paths, in reading order.
+
 Task names say the direction: ``t2i`` text to image, ``it2t`` image and text to text, ``t2vd`` text to visual document.
 """
 
@@ -219,14 +221,18 @@ class RetrievalDataset:
 
     def _item(self, where: _Line, text: Any, image_path: Any) -> Item:
         """An absent part is ``null`` or an empty string."""
-        if not isinstance(text, str | None) or not isinstance(image_path, str | None):
+        several = isinstance(image_path, list) and all(isinstance(path, str) and path for path in image_path)
+        if not isinstance(text, str | None) or not (several or isinstance(image_path, str | None)):
             where.fail("text and picture path must each be a string or null")
         has_text = bool(text and not text.isspace())
         if not has_text and not image_path:
             where.fail("the row has neither text nor picture")
         if not image_path:
             return Item(text=text)
-        return Item(text=text if has_text else None, image=self._picture(where, image_path), max_tiles=self.max_tiles)
+        image = (
+            tuple(self._picture(where, path) for path in image_path) if several else self._picture(where, image_path)
+        )
+        return Item(text=text if has_text else None, image=image, max_tiles=self.max_tiles)
 
     def _picture(self, where: _Line, path: str) -> ImageSource:
         """The same object for the same path, so that a large pool costs one reference a row."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -158,7 +160,7 @@ def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = Non
     """
     folder = _download(task) if data is None else _local(task, data)
     revision = _revision(folder)
-    if task.revision and revision and revision != task.revision:
+    if task.revision and revision and revision != task.revision and _is_pinned_repository(task, folder):
         raise DatasetError(
             f"{task.name}: {folder} is revision {revision} of {task.hub_id}, the suite is pinned to {task.revision}: "
             "fetch that one, or scores cannot be compared."
@@ -229,6 +231,7 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 def _local(task: SuiteTask, data: Path) -> Path:
     names = [task.hub_id, task.hub_id.rpartition("/")[2]] if task.hub_id else []
+    names += [task.entry.hub_id] if task.entry else []  # where the suite is pinned to a copy of it
     names += [task.folder] if task.folder else []
     for name in names:
         if (data / name).is_dir():
@@ -237,7 +240,7 @@ def _local(task: SuiteTask, data: Path) -> Path:
         return data
     if not data.is_dir():
         raise DatasetError(f"{data} is not a folder.")
-    wanted = " or ".join(f"{name}/" for name in dict.fromkeys(names))
+    wanted = " or ".join(f"{name}/" for name in dict.fromkeys(names) if " " not in name)
     raise DatasetError(f"{task.name}: {data} has no folder {wanted} with the files of this dataset.")
 
 
@@ -277,6 +280,12 @@ def _revision(folder: Path) -> str | None:
     return None
 
 
+def _is_pinned_repository(task: SuiteTask, folder: Path) -> bool:
+    """Whether a folder can only be of the repository that is pinned, and not of the one that it is a copy of."""
+    copied = task.entry is not None and task.entry.hub_id != task.hub_id
+    return not copied or folder.as_posix().endswith(f"/{task.hub_id}") or folder.parent.name == "snapshots"
+
+
 def _assets(namespace: str) -> Path:
     from huggingface_hub import cached_assets_path
 
@@ -303,9 +312,11 @@ def _unpacked_pictures(task: SuiteTask, folder: Path, archive: str, *, offline: 
         try:
             with tarfile.open(real) as file:
                 file.extractall(draft, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DatasetError(f"the archive {packed} cannot be unpacked ({error}): is it truncated?") from error
-        draft.rename(target)
+            draft.rename(target)
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if not target.is_dir():  # which another process may have made meanwhile
+                raise DatasetError(f"the archive {packed} cannot be unpacked ({error}): is it truncated?") from error
     return target
 
 

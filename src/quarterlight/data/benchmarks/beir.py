@@ -4,7 +4,8 @@
     queries/<split>-*.parquet    query-id, query, anything else (language, corpus_range, ...)
     qrels/<split>-*.parquet      query-id, corpus-id, score (int, or float with a whole value)
 
-The evaluation rows of VisRAG lie in a split named ``train``; its ids are names of files, also with blanks.
+mteb's copies of some have the ids in a column ``id`` or ``_id``, the question in ``text`` and qrels in ``data/``.  The
+rows of VisRAG lie in a split named ``train``; its ids are names of files, also with blanks.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from quarterlight.data.benchmarks.gallery import Gallery
 from quarterlight.data.benchmarks.source import Source
 from quarterlight.data.benchmarks.tables import Place, Row, find_tables, read_rows
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.errors import DatasetError
+from quarterlight.errors import DatasetError, did_you_mean
 from quarterlight.records import ImageSource
+
+_IDS = ("id", "_id")
 
 
 def load(source: Source) -> RetrievalTask:
@@ -32,18 +35,18 @@ def load(source: Source) -> RetrievalTask:
     folder, split = source.folder, source.option("split", source.split)
     gallery = Gallery([folder, folder / "images"])
     for path in find_tables(folder, "corpus", split):
-        for place, row in read_rows(path, ("corpus-id", "image")):
-            did = _id(place, row, "corpus-id")
+        for place, row in read_rows(path, ("image",)):
+            did = _id(place, row, "corpus-id", *_IDS)
             try:
                 item = builder.item("", picture(source, gallery, row["image"]))
             except DatasetError as error:
                 builder.leave_out(did, f"{place}: {error}")
                 continue
             builder.candidate(place, did, item)
-    grades = _grades(find_tables(folder, "qrels", split))
+    grades = _grades(find_tables(folder, "qrels" if (folder / "qrels").is_dir() else "default", split))
     for path in find_tables(folder, "queries", split):
-        for place, row in read_rows(path, ("query-id", "query")):
-            qid = _id(place, row, "query-id")
+        for place, row in read_rows(path, ()):
+            qid = _id(place, row, "query-id", *_IDS)
             judged = {did: grade for did, grade in grades.pop(qid, {}).items() if grade > 0}
             relevant = {did: grade for did, grade in judged.items() if did in builder.candidates}
             if len(relevant) < len(judged):
@@ -51,7 +54,7 @@ def load(source: Source) -> RetrievalTask:
                 builder.leave_out(qid, f"{place}: its relevant page {missing!r} is not in the corpus")
                 continue
             try:
-                item = builder.item(place.text(row, "query"))
+                item = builder.item(place.text(row, _column(place, row, "query", "text")))
             except DatasetError as error:
                 builder.leave_out(qid, f"{place}: {error}")
                 continue
@@ -92,8 +95,17 @@ def _grades(paths: list[Path]) -> dict[str, dict[str, int]]:
     return grades
 
 
-def _id(place: Place, row: Row, column: str) -> str:
+def _id(place: Place, row: Row, *columns: str) -> str:
+    column = _column(place, row, *columns)
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
         place.fail(f"{column} must be a number or a string, got {value!r}")
     return str(value)
+
+
+def _column(place: Place, row: Row, *columns: str) -> str:
+    """The first of these columns that the table has."""
+    for column in columns:
+        if column in row:
+            return column
+    place.fail(f"the column {columns[0]!r} is missing. {did_you_mean(columns[0], row)}")

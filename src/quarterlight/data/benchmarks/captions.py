@@ -5,7 +5,8 @@ What is on disk, by the option ``kind``:
     hub         <split>-*.parquet in data/ or the folder itself: image, and text or caption (list of strings), of which
                 the first five count (royokong/flickr30k_test, royokong/coco_test, nlphuji/...; of a table with a
                 column split, only the rows of this one)
-    list        a JSON list of captions, five for each of images/0.png, images/1.png, ... (code-kunkun/LamRA_Eval)
+    list        a JSON list of captions, five for each of images/0.png, images/1.png, ...; of MSCOCO in
+                coco_images/ (code-kunkun/LamRA_Eval)
     sharegpt4v  a JSON list of {image, conversations}, of which the first 1000 count; the caption is the second turn,
                 its line breaks made blanks (Lin-Chen/ShareGPT4V)
     named       a JSON list of {image_name, caption}; the pictures in val_data/ (code-kunkun/LamRA_Eval)
@@ -97,7 +98,7 @@ def _list(source: Source) -> Iterator[_Captioned]:
         raise DatasetError(f"{path} must be a JSON list of captions.")
     if len(captions) % CAPTIONS:
         raise DatasetError(f"{path} has {len(captions)} captions: expected {CAPTIONS} for each picture.")
-    gallery = Gallery([path.parent / "images", source.folder / "images"])
+    gallery = Gallery([path.parent / "images", path.parent / "coco_images", path.parent])
     for number in range(len(captions) // CAPTIONS):
         several = captions[number * CAPTIONS : (number + 1) * CAPTIONS]
         yield _Captioned(Place(path, number * CAPTIONS + 1), _finder(gallery, f"{number}.png"), several)

@@ -57,6 +57,14 @@ def choices(
     """
     builder = TaskBuilder(source)
     number = 0
+    shared: dict[tuple[str, str], str] = {}  # a thousand queries list the same thousand candidates
+
+    def target(text: str, path: str) -> str:
+        if (did := shared.get((text, path))) is None:
+            item = builder.item(target_text(text), *([gallery.find(path)] if path else []))
+            did = shared[text, path] = builder.share(item)
+        return did
+
     for path in find_tables(source.folder, config, source.split):
         for place, row in read_rows(path, columns, known=()):
             number += 1
@@ -65,14 +73,10 @@ def choices(
                 place.fail(f"tgt_text has {len(texts)} candidates and tgt_img_path {len(paths)}: expected as many")
             try:
                 item = builder.item(query_text(place.text(row, "qry_text")), *_picture(place, row, gallery))
-                targets = [
-                    builder.item(target_text(text), *([gallery.find(path)] if path else []))
-                    for text, path in zip(texts, paths, strict=True)
-                ]
+                dids = [target(text, path) for text, path in zip(texts, paths, strict=True)]
             except DatasetError as error:
                 builder.leave_out(str(number), f"{place}: {error}")
                 continue
-            dids = [builder.share(target) for target in targets]
             builder.query(place, str(number), item, dids[:1], candidates=dids)
     return builder.build()
 

@@ -135,7 +135,7 @@ def _declared(folder: Path, config: str, split: str) -> list[str]:
             if isinstance(part, dict) and str(part.get("split")) == split:
                 path = part.get("path")
                 patterns += [str(each) for each in (path if isinstance(path, list) else [path])]
-    return patterns
+    return [pattern for pattern in patterns if not pattern.startswith("/") and ".." not in pattern]
 
 
 def _rows(path: Path, on_rows: Callable[[int], None]) -> Iterator[tuple[Place, Any]]:
