@@ -146,6 +146,13 @@ def test_positives_that_cannot_be_found() -> None:
     assert (result.scores.num_queries, result.num_queries) == (1, 3)
 
 
+def test_ids_that_occur_twice_are_named() -> None:
+    with pytest.raises(InputError, match=r"made-up/t2t\.test: the candidate id 'n2' occurs a second time"):
+        bare(Table(VECTORS)).evaluate(task_of([query("north", "n2")], ["n2", "east", "n2"]))
+    with pytest.raises(InputError, match="the query id 'north' occurs a second time"):
+        bare(Table(VECTORS)).evaluate(task_of([query("north", "n2")] * 2, ["n2"]))
+
+
 class Backwards:
     """A reranker that likes what comes late in the alphabet, and has no opinion of one query."""
 

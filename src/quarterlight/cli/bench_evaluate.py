@@ -88,7 +88,9 @@ def measure(queries: int, candidates: int, dimension: int, depth: int, rounds: i
     search(query_QD[:64], candidate_CD, wanted[:64], k=depth)  # what is loaded at the first call is not ours to time
     faiss.knn(query_QD[:64], candidate_CD[:1000], depth, metric=faiss.METRIC_INNER_PRODUCT)
     before_mb = _peak_mb()
-    ours, theirs, above_mb, same = [], [], 0.0, 0.0
+    ours: list[float] = []
+    theirs: list[float] = []
+    above_mb = same = 0.0
     for number in range(rounds):
         for which in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
             started = time.perf_counter()

@@ -161,7 +161,8 @@ def task_record(
     official, after = result.official, result.official_reranked
     assert official is not None
     documents = {one.item.instruction for one in task.candidates if one.item.instruction is not None}
-    tiles = {one.item.max_tiles for one in (*task.queries, *task.candidates) if one.item.max_tiles is not None}
+    items = [*(one.item for one in task.queries), *(one.item for one in task.candidates)]
+    tiles = {item.max_tiles for item in items if item.max_tiles is not None}
     return {
         "name": declared.name,
         "group": declared.group,

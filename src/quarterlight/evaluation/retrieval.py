@@ -238,7 +238,7 @@ class RetrievalEvaluator:
         """Embeds what is new, ranks each query's positives among all candidates, and averages; so again if reranked.
 
         metric, ties: what the benchmark of the task prints, and how its evaluator breaks ties.  also: more metrics.
-        Raises InputError for the name of a metric that is unknown.
+        Raises InputError for the name of a metric that is unknown, and for an id that occurs twice.
         """
         names = tuple(dict.fromkeys((*METRICS, *([metric] if metric else ()), *also)))
         for name in names:
@@ -392,6 +392,8 @@ class RetrievalEvaluator:
         """The candidates that have a vector, the queries that can be scored against these, and what is left out."""
         problems: list[Problem] = []
         column: dict[str, int] = {}
+        _all_different(task, "query", [query.qid for query in task.queries])
+        _all_different(task, "candidate", [candidate.did for candidate in task.candidates])
         for candidate in task.candidates:
             if reason := self._candidate_vectors.problem(candidate.item):
                 problems.append(Problem(candidate.did, reason))
@@ -516,6 +518,14 @@ class _Scored(NamedTuple):
             score_QK=found.score_QK[:, :depth],
         )
         return cls(values, chance, official, ranking)
+
+
+def _all_different(task: RetrievalTask, what: str, ids: Sequence[str]) -> None:
+    """Raises InputError for an id that occurs twice: what is looked up by it would be one of the two."""
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(one for one in ids if one in seen or seen.add(one))  # type: ignore[func-returns-value]
+        raise InputError(f"{task.label}: the {what} id {twice!r} occurs a second time; ids must be unique.")
 
 
 def _depth_of(metric: str | None) -> int:
