@@ -17,6 +17,7 @@ import typer
 
 from quarterlight.cli import console
 
+_PART = 4096  # vectors that are made at once, few enough that this is not what takes most memory
 _KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of the kernel's peak memory
 
 
@@ -120,8 +121,8 @@ def _points(rows: int, dimension: int, seed: int) -> np.ndarray:
     """Random directions, made in parts so that the largest memory is that of the search."""
     points_ND = np.empty((rows, dimension), np.float32)
     generator = np.random.default_rng(seed)
-    for start in range(0, rows, 65_536):
-        part = generator.standard_normal((min(65_536, rows - start), dimension), np.float32)
+    for start in range(0, rows, _PART):
+        part = generator.standard_normal((min(_PART, rows - start), dimension), np.float32)
         points_ND[start : start + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
     return points_ND
 
