@@ -22,7 +22,7 @@ from typing import Any
 
 from quarterlight.cli.evaluate import run_suite_command
 from quarterlight.evaluation.benchmark import RESULTS, read_record, replace_file
-from quarterlight.evaluation.page import Heading, Paragraph, Table, to_markdown
+from quarterlight.evaluation.page import Block, Heading, Paragraph, Table, to_markdown
 from quarterlight.evaluation.report import percent
 from quarterlight.evaluation.suites import load_suite
 
@@ -64,8 +64,7 @@ def write_page() -> None:
     records = {file.stem: read_record(file) for file in sorted(KEPT.glob("*.json"))}
     suite = load_suite("mini")
     rows = [_row(one, records) for one in [*suite.tasks, *suite.averages]]
-    numbers = [f"{name}" for name in records]
-    blocks = [
+    blocks: list[Block] = [
         Heading("The suite mini", 1),
         Paragraph(
             "P@1 in percent on the test split of every task of this project's data, exact search over the whole pool. "
@@ -73,7 +72,7 @@ def write_page() -> None:
             "Averages are unweighted means over tasks."
         ),
         Table(
-            columns=["task", "queries scored", "candidates", "chance", *numbers],
+            columns=["task", "queries scored", "candidates", "chance", *records],
             rows=rows,
             ours=frozenset(range(len(suite.tasks), len(rows))),
         ),
@@ -82,6 +81,7 @@ def write_page() -> None:
             columns=["checkpoint", "weights and settings", "made with", "hardware", "time"], rows=_made(records), left=4
         ),
     ]
+    blocks += [Paragraph(f"{name}: {record['note']}") for name, record in records.items() if record.get("note")]
     replace_file(PAGE, to_markdown(blocks))
 
 
@@ -112,7 +112,7 @@ def _made(records: Mapping[str, Any]) -> list[list[str]]:
             [
                 name,
                 record["model"]["hash"][:12],
-                f"quarterlight {versions['quarterlight']} ({commit}), torch {versions['torch']}",
+                f"quarterlight {versions.get('quarterlight') or ''} ({commit}), torch {versions['torch']}",
                 ", ".join(hardware["gpus"]) or f"{hardware['cpu_cores']} cores of {hardware['cpu']}",
                 f"{seconds / 60:.1f} min" if seconds else "",
             ]
