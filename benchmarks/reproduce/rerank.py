@@ -21,7 +21,7 @@ import numpy.typing as npt
 from quarterlight.data.retrieval import RetrievalDataset, with_instructions
 from quarterlight.evaluation.retrieval import sample_queries
 from quarterlight.metrics.fusion import fuse
-from quarterlight.metrics.ranking import first_k
+from quarterlight.metrics.search import first_k
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.reranker import Reranker
 from quarterlight.pipeline import run

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pytest
+from tests.data.layouts import write_suite
 
 from quarterlight.cli import evaluate as command
 from quarterlight.cli.main import program
@@ -168,3 +169,84 @@ def test_help_shows_an_example(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "quarterlight evaluate data/emoji" in result.stdout
+
+
+@pytest.fixture
+def suite_data(tmp_path: Path) -> Path:
+    """The datasets of ``mini``, a few rows each."""
+    return write_suite("mini", tmp_path / "data")
+
+
+def test_a_suite_leaves_its_files_and_prints_its_averages(run: Run, suite_data: Path, tmp_path: Path) -> None:
+    arguments = ["--suite", "mini", "--data", suite_data, "--cache", tmp_path / "cache"]
+    result = run(*arguments, "--tasks", "t2vd,emoji/t2i", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert next(line for line in lines if line[:1] == ["emoji/t2i"])[1] == "precision@1"
+    (average,) = (line for line in lines if line[:1] == ["t2vd"])
+    (missing,) = (line for line in lines if line[:1] == ["Overall"])
+    assert average[1:5] == ["mean", "of", "2", "tasks"] and missing[3] == "3/25" and missing[-1] == "–"
+    assert "Report: " in result.stderr
+    for name in ("results.json", "report.md", "report.html", "plots/tasks.svg", "queries/emoji.t2i.parquet"):
+        assert (tmp_path / "out" / name).is_file(), name
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["model"]["hash"] == "c0ffee" and record["environment"]["versions"]["python"]
+    assert [one["name"] for one in record["tasks"]] == ["emoji/t2i", "jose_pages/t2vd", "wtq_tables/t2vd"]
+    for one in record["tasks"]:
+        assert one["instructions"]["query"] and one["max_tiles"] and len(one["rows_sha256"]) == 64
+    # the same again, from what was kept, as one line of JSON
+    again = json.loads(run(*arguments, "--tasks", "t2vd,emoji/t2i", "--out", tmp_path / "out", "--json").stdout)
+    assert [one["num_embedded"] for one in again["cost"]] == [0, 0, 0]
+    assert (again["tasks"], again["averages"]) == (record["tasks"], record["averages"])
+
+    compared = run("--compare", tmp_path / "out" / "results.json", tmp_path / "out")
+    assert compared.exit_code == 0 and "+0.0 to +0.0" in compared.stdout and "t2vd" in compared.stdout
+    plain = json.loads(run("--compare", tmp_path / "out", tmp_path / "out", "--json").stdout)
+    assert [one["difference"] for one in plain["differences"]] == [0.0] * 4
+
+
+def test_a_suite_with_a_real_pair(run: Run, suite_data: Path, tmp_path: Path, tiny_pair: Path) -> None:
+    more = ["--data", suite_data, "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--device", "cpu", "--json"]
+    result = run("--suite", "mini", "--tasks", "emoji/t2i", "--model", tiny_pair, "--rerank", "3", *more)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    (one,) = record["tasks"]
+    assert one["reranked"] is not None and record["reranker"]["hash"] and record["settings"]["rerank"] == 3
+    assert (tmp_path / "out" / "runs" / "emoji.t2i.reranked.trec").is_file()
+
+
+def test_a_suite_stops_at_once_when_data_is_missing(run: Run, suite_data: Path, tmp_path: Path) -> None:
+    (suite_data / "emoji" / "queries" / "t2i.test.jsonl").unlink(missing_ok=True)
+    for file in (suite_data / "emoji" / "queries").glob("t2i.test.*"):
+        file.unlink()
+    more = ["--suite", "mini", "--data", suite_data, "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    result = run(*more)
+    assert result.exit_code == 1 and "1 of 25 tasks cannot be read" in result.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+    result = run(*more, "--skip-missing", "--limit", "1")
+    assert result.exit_code == 0 and "emoji/t2i is left out" in result.stderr
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "emoji/t2i was not run" in report and "t2i (1 of 5 missing)" in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--suite", "mimi"], 1, "Did you mean 'mini'"),
+        (["--suite", "mini", "--tasks", "emoji/t2x"], 1, "no task or group 'emoji/t2x'"),
+        (["--suite", "mini", "--split", "val"], 2, "does not go with --split"),
+        ([FIXTURE, "--suite", "mini"], 2, "does not go with dataset folders"),
+        (["--suite", "mini", "--data", "gone"], 1, "25 of 25 tasks cannot be read"),
+        ([], 2, "Name a dataset folder, or a benchmark with --suite"),
+        ([FIXTURE, "--out", "here"], 2, "--out does nothing without --suite"),
+        (["--compare", "gone.json", "gone.json"], 1, "is not the results.json"),
+    ],
+)
+def test_wrong_use_of_suites(run: Run, arguments: list[str | Path], code: int, message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_data_names_a_folder_too(run: Run) -> None:
+    assert "emoji, test" in run("--data", FIXTURE, "--tasks", "t2i").stdout

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.mining import embeddings, negatives
+from quarterlight.mining import negatives
 from quarterlight.records import Candidate, Item, Query
+from quarterlight.training import embeddings
 from quarterlight.training.distributed import processes
 
 RECIPE = negatives.MineRecipe(depth=20, window=(3, 12), sample=4)

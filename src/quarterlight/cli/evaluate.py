@@ -1,8 +1,10 @@
-"""``quarterlight evaluate``: how well a model retrieves, task by task, next to chance."""
+"""``quarterlight evaluate``: how well a model retrieves, task by task, next to chance and to what is published."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from quarterlight.evaluation.retrieval import GROUP_BY, RetrievalEvaluator, Scor
 from quarterlight.manifest import environment
 
 if TYPE_CHECKING:
+    from quarterlight.evaluation.suites import Suite
     from quarterlight.models.embedder import Embedder
     from quarterlight.models.reranker import Reranker
 
@@ -26,10 +29,24 @@ _PROBLEM_LINES = 20
 
 
 def evaluate(
-    folders: Annotated[list[Path], typer.Argument(help="Dataset folders, or folders of datasets.")],
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Dataset folders, or folders of datasets; without --suite.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="A benchmark: mmeb, mmeb-v2-image, visdoc, crossmodal, mbeir-local, mbeir-global, zeroshot, mini."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the datasets.", show_default="for a suite, what the Hugging Face hub has"),
+    ] = None,
     model: Annotated[str, typer.Option(help="Bundled model, checkpoint folder or hub id.")] = "nano",
-    split: Annotated[str, typer.Option(help="Which split: val, test, test_unseen, ...")] = "test",
-    tasks: Annotated[str | None, typer.Option(help="Only these tasks, by commas: t2i,i2t.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Which split: val, test, test_unseen, ...", show_default="test")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks (of a suite: or groups), by commas.")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many queries a task, a fixed random sample.")
     ] = None,
@@ -39,19 +56,99 @@ def evaluate(
     ] = 0,
     reranker: RerankerOption = None,
     fusion: FusionOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder of a suite's results.", show_default="evaluations/SUITE.MODEL"),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder of a suite's embeddings.", show_default="in the hub's cache of assets"
+        ),
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tasks of a suite whose data cannot be read.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare the results.json of two runs of a suite; do nothing else.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws of --compare.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ...; default: the best.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Measure how well a model retrieves on datasets in the layout of M-BEIR.
+    """Measure how well a model retrieves: on a benchmark, or on datasets in the layout of M-BEIR.
 
     \b
     quarterlight evaluate data/emoji --split test --tasks t2i,it2i
     quarterlight evaluate data --model runs/my_model --json > scores.json
     quarterlight evaluate data/emoji --rerank 5
+    quarterlight evaluate --suite mmeb --model runs/my_model --rerank 5 --out runs/mmeb
+    torchrun --nproc-per-node 8 -m quarterlight evaluate --suite visdoc --model runs/my_model --out runs/visdoc
+    quarterlight evaluate --compare runs/a/results.json runs/b/results.json
 
-    R@k is that of M-BEIR: the share of queries with any right candidate among the first k.
+    R@k of datasets is that of M-BEIR: the share of queries with any right candidate among the first k. A suite is
+    scored as its official evaluator does; embeddings are kept, so that a stopped run goes on and the next is quick.
     """
+    if compare is not None:
+        _compare(compare, seed, json)
+        return
     check_rerank(rerank, reranker, fusion)
+    names = tasks.split(",") if tasks else None
+    if suite is not None:
+        for option, value in (("dataset folders", folders), ("--split", split), ("--by", by != ",".join(GROUP_BY))):
+            if value:
+                raise typer.BadParameter(f"--suite does not go with {option}: a suite says what it is made of.")
+        run_suite_command(
+            suite,
+            names,
+            data,
+            model=model,
+            reranker=reranker,
+            rerank=rerank,
+            fusion=fusion,
+            limit=limit,
+            out=out,
+            cache=cache,
+            skip_missing=skip_missing,
+            device=device,
+            json=json,
+        )
+        return
+    for option, given in (("--out", out), ("--cache", cache), ("--skip-missing", skip_missing)):
+        if given:
+            raise typer.BadParameter(f"{option} does nothing without --suite.")
+    folders = [*(folders or []), *([data] if data else [])]
+    if not folders:
+        raise typer.BadParameter("Name a dataset folder, or a benchmark with --suite.")
+    _evaluate_folders(
+        folders,
+        model=model,
+        split=split or "test",
+        tasks=tasks,
+        limit=limit,
+        by=by,
+        rerank=rerank,
+        reranker=reranker,
+        fusion=fusion,
+        device=device,
+        json=json,
+    )
+
+
+def _evaluate_folders(
+    folders: Sequence[Path],
+    *,
+    model: str,
+    split: str,
+    tasks: str | None,
+    limit: int | None,
+    by: str,
+    rerank: int,
+    reranker: str | None,
+    fusion: float | None,
+    device: str | None,
+    json: bool,
+) -> None:
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     wanted = wanted_tasks(datasets, split, tasks.split(",") if tasks else None)
     fields = [field for field in by.split(",") if field]
@@ -76,12 +173,7 @@ def evaluate(
             _print(dataset, [result for result in results if result.dataset == dataset.name])
     if json:
         manifest: dict[str, Any] = {
-            "model": {
-                "name": embedder.name,
-                "hash": embedder.model_hash,
-                "dimension": embedder.dimension,
-                "settings": embedder.settings.to_dict(),
-            },
+            "model": _described(embedder) | {"dimension": embedder.dimension},
             "settings": {"split": split, "tasks": tasks, "limit": limit, "by": fields, "rerank": rerank},
             "inputs_sha256": inputs,
             **environment(),
@@ -89,11 +181,7 @@ def evaluate(
         if judge is not None:
             weight = judge.settings.fusion_weight if fusion is None else fusion
             manifest["settings"]["fusion_weight"] = weight
-            manifest["reranker"] = {
-                "name": judge.name,
-                "hash": judge.model_hash,
-                "settings": judge.settings.to_dict(),
-            }
+            manifest["reranker"] = _described(judge)
         console.print_json({"manifest": manifest, "results": [result.to_json() for result in results]})
     if by != ",".join(GROUP_BY):
         for field in fields:
@@ -119,6 +207,135 @@ def wanted_tasks(
         else:
             console.err.print(f"{dataset.name} has no such task with a split {split!r}: left out.", style="yellow")
     return wanted
+
+
+def run_suite_command(
+    name: str,
+    tasks: Sequence[str] | None,
+    data: Path | None,
+    *,
+    model: str,
+    reranker: str | None = None,
+    rerank: int = 0,
+    fusion: float | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+    skip_missing: bool = False,
+    device: str | None = None,
+    json: bool = False,
+) -> Path:
+    """Runs a suite, writes its results and prints its averages; returns the folder.
+
+    Tasks are read before the model is loaded, so that what is missing stops the run at once.  Under a launcher every
+    process must call this; the first one writes and prints.
+    """
+    from huggingface_hub import cached_assets_path
+
+    from quarterlight.evaluation.benchmark import DEPTH, RESULTS, check, replace_file, run_suite, wanted
+    from quarterlight.evaluation.report import write_report
+    from quarterlight.evaluation.suites import SuiteTask, load_suite, open_task
+    from quarterlight.training.distributed import processes
+
+    suite = load_suite(name)
+    chosen = wanted(suite, tasks)
+    process = processes()  # before the model, since it chooses the GPU of this process
+    main = process.is_main_process
+    not_run = check(chosen, lambda task: open_task(task, data), skip_missing=skip_missing)
+    if main:
+        for task, reason in not_run.items():
+            console.err.print(f"{task} is left out: {reason}", style="yellow", markup=False)
+    embedder, judge = _open_pair(model, reranker, device) if rerank else (_open(model, device), None)
+    out = out or Path("evaluations") / f"{name}.{Path(model).name}"
+    with console.progress("items", quiet=json or not main) as bar:
+        evaluator = RetrievalEvaluator(
+            embedder,
+            group_by=(),
+            reranker=judge,
+            rerank=rerank or 1,
+            fusion_weight=fusion,
+            embeddings=cache or Path(cached_assets_path("quarterlight", namespace="embeddings")),
+            depth=DEPTH,
+        )
+
+        def begin(task: SuiteTask) -> None:
+            evaluator.on_progress = _advance(bar, task.name)
+            if judge is not None:
+                evaluator.on_rerank = _advance(bar, f"{task.name}, reranking")
+
+        record: dict[str, Any] = run_suite(
+            evaluator,
+            suite,
+            chosen,
+            lambda task: open_task(task, data),
+            not_run=not_run,
+            limit=limit,
+            folder=out if main else None,
+            on_task=begin,
+        ).to_json()
+    weight = None if judge is None else judge.settings.fusion_weight if fusion is None else fusion
+    record |= {
+        "model": _described(embedder) | {"dimension": embedder.dimension},
+        "reranker": None if judge is None else _described(judge),
+        "settings": {"tasks": tasks, "limit": limit, "rerank": rerank, "fusion_weight": weight},
+        "environment": environment() | {"processes": process.num_processes},
+    }
+    if main:
+        replace_file(out / RESULTS, dumps(record, indent=1, allow_nan=False, default=str) + "\n")
+        page = write_report(out, suite, record)
+        if json:
+            console.print_json(record)
+        else:
+            _print_suite(suite, record, page)
+    process.wait_for_everyone()
+    return out
+
+
+def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
+    """The tasks and our averages; what is published stands in the report."""
+    from quarterlight.evaluation.report import percent
+
+    after = ["reranked"] if record["reranker"] else []
+    numbers = ("queries", "pool", "score", *after, "chance")
+    table = console.table("task", "metric", *numbers, title=f"{suite.title}, percent", right=numbers)
+    for one in record["tasks"]:
+        scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
+        queries = _of(one["num_scored"], one["num_queries"])
+        pool = _of(one["num_scored_candidates"], one["num_candidates"])
+        chance = percent(one["chance"].get(one["metric"]))
+        table.add_row(escape(one["name"]), one["metric"], queries, pool, *scores, chance)
+    for one in record["averages"]:
+        scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
+        counted = _of(one["num_tasks"] - one["num_missing"], one["num_tasks"])
+        table.add_row(escape(one["name"]), f"mean of {counted} tasks", "", "", *scores, style="bold")
+    console.out.print(table)
+    left_out = sum(one["num_problems"] for one in record["tasks"])
+    if left_out:
+        console.err.print(f"{left_out:,} queries, candidates and rows were left out or are not whole: see the report.")
+    console.err.print(f"Report: {page} (and .html), numbers: {page.parent / 'results.json'}", soft_wrap=True)
+
+
+def _compare(files: tuple[Path, Path], seed: int, json: bool) -> None:
+    from quarterlight.evaluation.compare import DRAWS, compare
+
+    found = compare(*files, seed=seed)
+    if json:
+        rows = [asdict(one) | {"difference": one.difference} for one in found]
+        console.print_json({"a": str(files[0]), "b": str(files[1]), "seed": seed, "draws": DRAWS, "differences": rows})
+        return
+    numbers = ("queries", "A", "B", "B - A", "95% interval")
+    title = f"A: {files[0]}\nB: {files[1]}\npercent, paired bootstrap of {DRAWS:,} draws, seed {seed}; *: without zero"
+    table = console.table("task", "metric", *numbers, "", title=title, right=numbers)
+    for one in found:
+        interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
+        queries = f"{one.num_queries:,}" + (f" ({one.num_only:,} in one alone)" if one.num_only else "")
+        cells = (queries, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", f"{100 * one.difference:+.1f}", interval)
+        table.add_row(escape(one.name), one.metric, *cells, "*" if one.is_clear else "")
+    console.out.print(table)
+
+
+def _described(model: Embedder | Reranker) -> dict[str, Any]:
+    return {"name": model.name, "hash": model.model_hash, "settings": model.settings.to_dict()}
 
 
 def _open(model: str, device: str | None) -> Embedder:

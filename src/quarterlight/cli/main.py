@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": {
         "index": ("quarterlight.cli.bench_index:bench_index", "Speed and memory of indexing."),
         "search": ("quarterlight.cli.bench_search:bench_search", "Latency and recall of searching."),
+        "evaluate": ("quarterlight.cli.bench_evaluate:bench_evaluate", "Ranking against a plain FAISS search."),
         "mine": ("quarterlight.cli.bench_mine:bench_mine", "Time and memory of exact nearest neighbours."),
         "rerank": ("quarterlight.cli.bench_rerank:bench_rerank", "Reranking with shared work against pair by pair."),
         "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),

@@ -1,11 +1,13 @@
 """Scores of an embedder on retrieval tasks, with what chance would reach and broken down by what the data says; with a
 reranker, also of the two together.
 
-Search is exact over the whole pool of a task, as in M-BEIR: a query's own picture stays in the pool where the data has
-put it there (composed retrieval lists it as a hard negative).  A reranker orders the first candidates of the search
-anew; what stands behind them keeps its rank.
+Search is exact over the whole pool of a task, as in M-BEIR, or over the candidates that a query brings, as in MMEB: a
+query's own picture stays in the pool where the data has put it there (composed retrieval lists it as a hard negative).
+A reranker orders the first candidates of the search anew; what stands behind them keeps its rank.
 
-Q queries, K candidates that are reranked.
+With a folder for embeddings these outlive the run, and processes that a launcher started share the work.
+
+Q queries, K candidates that are reranked or kept.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from dataclasses import field as field_
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +25,11 @@ import numpy.typing as npt
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import InputError
 from quarterlight.metrics.fusion import places
-from quarterlight.metrics.ranking import METRICS, First, Ranks, chance_ranks, first_k, rank_embeddings
+from quarterlight.metrics.ranking import METRICS, First, Floats, Ranks, Ties, chance_ranks, measure, metric_named
+from quarterlight.metrics.search import Found, Wanted, search
+from quarterlight.metrics.trec import trec_values
 from quarterlight.models.readable import encode_readable
+from quarterlight.prompts import Role
 from quarterlight.records import Item, Problem, Query
 
 if TYPE_CHECKING:
@@ -32,7 +39,10 @@ GROUP_BY = ("lang", "text_kind", "change")
 """Fields of a query by which scores are broken down, unless told otherwise."""
 
 _CHUNK = 2048  # items put to the embedder at once: enough to sort by length, few enough to report progress
-_QUERIES = 128  # reranked at once, likewise
+_QUERIES = 128  # reranked at once, likewise; processes share them in whole blocks, so that none depends on their number
+_NO_NUMBER = "the reranker gave a score that is not a number; its candidates stay in the order of the search"
+
+_T = TypeVar("_T")
 
 
 class Encoder(Protocol):
@@ -76,17 +86,64 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Official:
+    """The number that a benchmark prints, and how else it could be read.
+
+    metric, ties: what its evaluator computes, and how it breaks ties; see :data:`quarterlight.metrics.ranking.Ties`.
+    value, expected: the mean over the scored queries in this reading, and with ties in all orders; ``None`` when no
+        query could be scored.
+    num_tied: queries of which a positive has the score of a candidate that is none, so that the order is arbitrary.
+    trec_eval: the same mean by trec_eval's own code, which breaks ties by id; ``None`` where it has no such metric, or
+        pytrec_eval is not installed.
+    """
+
+    metric: str
+    ties: Ties
+    value: float | None
+    expected: float | None
+    num_tied: int
+    trec_eval: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranking:
+    """What was found for each query that could be scored: Q rows of each.
+
+    qids: ids.  rank_Q, tied_Q, score_Q: 1 + how many candidates score higher than the best positive, how many have its
+        score (itself included), and this score.
+    num_positives_Q, num_candidates_Q: of these; what the query chooses from.
+    metrics: name -> value [Q], the official one in the official reading under its own name.
+    dids, score_QK: the ids of the first candidates, best first, and their scores.
+    """
+
+    qids: list[str]
+    rank_Q: npt.NDArray[np.int64]
+    tied_Q: npt.NDArray[np.int64]
+    score_Q: npt.NDArray[np.float32]
+    num_positives_Q: npt.NDArray[np.int64]
+    num_candidates_Q: npt.NDArray[np.int64]
+    metrics: Mapping[str, Floats]
+    dids: list[list[str]]
+    score_QK: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """One task, scored.
 
     num_queries, num_candidates: how many the task has; less those in ``problems``, so many are scored.
-    problems: everything that was left out: unreadable pictures, and queries none of whose positives can be read.
+    problems: everything that was left out: unreadable pictures, queries none of whose positives can be read, and rows
+        that were left out when the files were read, of which there are ``num_left_out``.
+    revision: of the data, where it is known.
     instructions: what the queries were embedded with, when not with the default of the model.
     groups: fields in the order asked for, values by falling number of queries.
     num_embedded, seconds: distinct items that were new to the embedder, and how long they took.
     reranked: the scores of the same queries after the reranker; ``None`` without one.
     num_reranked: candidates of each query that it was given.
     num_pairs, rerank_seconds: distinct pairs that it scored, and how long that took.
+    official, official_reranked: the number of the benchmark, when a metric was named.  Queries of which the reranker
+        gave a score that is no number stay in the order of the search, and are among the problems.
+    ranking, ranking_reranked: query by query; not part of :meth:`to_json`.
     """
 
     dataset: str
@@ -105,10 +162,18 @@ class TaskResult:
     num_reranked: int = 0
     num_pairs: int = 0
     rerank_seconds: float = 0.0
+    official: Official | None = None
+    official_reranked: Official | None = None
+    revision: str | None = None
+    num_left_out: int = 0
+    ranking: Ranking | None = field_(default=None, repr=False, compare=False)
+    ranking_reranked: Ranking | None = field_(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
-        return asdict(self) | {"problems": [problem._asdict() for problem in self.problems]}
+        plain = asdict(replace(self, ranking=None, ranking_reranked=None))
+        del plain["ranking"], plain["ranking_reranked"]
+        return plain | {"problems": [problem._asdict() for problem in self.problems]}
 
 
 class RetrievalEvaluator:
@@ -124,6 +189,9 @@ class RetrievalEvaluator:
     fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
         reranker's setting.
     on_rerank: called with how many queries of a task are reranked, and how many there are.
+    embeddings: folder where embeddings are kept, by model, role and content, and looked for first; runs may share it.
+        Needed under a launcher, whose processes must see the same folder.
+    depth: how many of the first candidates of each query the result keeps.
     Raises InputError when there are none to rerank, or the weight is outside [0, 1].
     """
 
@@ -138,6 +206,8 @@ class RetrievalEvaluator:
         rerank: int = 5,
         fusion_weight: float | None = None,
         on_rerank: Callable[[int, int], None] = lambda done, total: None,
+        embeddings: Path | None = None,
+        depth: int = 0,
     ) -> None:
         if rerank < 1:
             raise InputError(f"rerank must be at least 1, got {rerank}: leave the reranker out to rank without one.")
@@ -150,11 +220,29 @@ class RetrievalEvaluator:
         self.rerank = rerank
         self.fusion_weight = fusion_weight
         self.on_rerank = on_rerank
-        self._query_vectors = _Vectors(embedder.encode_query)
-        self._candidate_vectors = _Vectors(embedder.encode_document)
+        self.depth = depth
+        self._shared = embeddings is not None
+        self._query_vectors: _Vectors | _StoredVectors
+        self._candidate_vectors: _Vectors | _StoredVectors
+        if embeddings is None:
+            self._query_vectors = _Vectors(embedder.encode_query)
+            self._candidate_vectors = _Vectors(embedder.encode_document)
+        else:
+            store = _Store(embedder, embeddings)
+            self._query_vectors = _StoredVectors(store, "query")
+            self._candidate_vectors = _StoredVectors(store, "document")
 
-    def evaluate(self, task: RetrievalTask) -> TaskResult:
-        """Embeds what is new, ranks each query's positives among all candidates, and averages; so again if reranked."""
+    def evaluate(
+        self, task: RetrievalTask, *, metric: str | None = None, ties: Ties = "expected", also: Sequence[str] = ()
+    ) -> TaskResult:
+        """Embeds what is new, ranks each query's positives among all candidates, and averages; so again if reranked.
+
+        metric, ties: what the benchmark of the task prints, and how its evaluator breaks ties.  also: more metrics.
+        Raises InputError for the name of a metric that is unknown, and for an id that occurs twice.
+        """
+        names = tuple(dict.fromkeys((*METRICS, *([metric] if metric else ()), *also)))
+        for name in names:
+            metric_named(name)
         started = time.monotonic()
         task = self.prepare(task)
         query_items = [query.item for query in task.queries]
@@ -162,40 +250,102 @@ class RetrievalEvaluator:
         num_embedded = self._embed(query_items, candidate_items)
         seconds = time.monotonic() - started
 
-        column, scored, positives, problems = self._rankable(task)
-        values: _Values = {}
-        chance: _Values = {}
-        reranked: _Values | None = None if self.reranker is None else {}
-        if scored:
-            query_QD = self._query_vectors.of(query.item for query in scored)
-            readable = [candidate.item for candidate in task.candidates if candidate.did in column]
-            candidate_CD = self._candidate_vectors.of(readable)
-            ranks = rank_embeddings(query_QD, candidate_CD, positives)
-            values, chance = _values(ranks), _values(chance_ranks(ranks.num_positives, len(column)))
+        pool = self._rankable(task)
+        plain = reranked = _Scored.nothing(metric, ties)
         reranking = _Reranking()
-        if scored and self.reranker is not None:
-            items = [query.item for query in scored]
-            reranking = self._rerank(self.reranker, items, readable, *first_k(query_QD, candidate_CD, self.rerank))
-            reranked = _values(rank_embeddings(query_QD, candidate_CD, positives, first=reranking.first))
-        rows = np.arange(len(scored))
+        if pool.queries:
+            query_QD = self._query_vectors.of(query.item for query in pool.queries)
+            readable = [candidate.item for candidate in task.candidates if candidate.did in pool.column]
+            candidate_CD = self._candidate_vectors.of(readable)
+            depth = max(self.depth, self.rerank if self.reranker is not None else 0, _depth_of(metric))
+            found = self._search(query_QD, candidate_CD, pool, depth, None)
+            plain = _Scored.of(found, pool, names, metric, ties, self.depth)
+            if self.reranker is not None:
+                items = [query.item for query in pool.queries]
+                first = slice(0, self.rerank)
+                reranking = self._rerank(
+                    self.reranker, items, readable, found.column_QK[:, first], found.score_QK[:, first]
+                )
+                again = self._search(query_QD, candidate_CD, pool, depth, reranking.first)
+                reranked = _Scored.of(again, pool, names, metric, ties, self.depth)
+        rows = np.arange(len(pool.queries))
+        with_reranker = self.reranker is not None
         return TaskResult(
             dataset=task.dataset,
             task=task.task,
             split=task.split,
             num_queries=len(task.queries),
             num_candidates=len(task.candidates),
-            num_scored_candidates=len(column),
-            scores=_scores(values, chance, rows),
-            groups=tuple(_groups(scored, self.group_by, values, chance, reranked)),
-            problems=tuple(problems),
+            num_scored_candidates=len(pool.column),
+            scores=_scores(plain.values, plain.chance, rows),
+            groups=tuple(
+                _groups(
+                    pool.queries, self.group_by, plain.values, plain.chance, reranked.values if with_reranker else None
+                )
+            ),
+            problems=(
+                *task.problems,
+                *pool.problems,
+                *(Problem(pool.queries[row].qid, _NO_NUMBER) for row in reranking.not_numbers),
+            ),
             instructions=tuple(sorted({item.instruction for item in query_items if item.instruction is not None})),
             num_embedded=num_embedded,
             seconds=seconds,
-            reranked=None if reranked is None else _scores(reranked, chance, rows),
+            reranked=_scores(reranked.values, plain.chance, rows) if with_reranker else None,
             num_reranked=reranking.num_reranked,
             num_pairs=reranking.num_pairs,
             rerank_seconds=reranking.seconds,
+            official=plain.official,
+            official_reranked=reranked.official if with_reranker else None,
+            revision=task.revision,
+            num_left_out=len(task.problems),
+            ranking=plain.ranking,
+            ranking_reranked=reranked.ranking if with_reranker else None,
         )
+
+    def _search(
+        self,
+        query_QD: npt.NDArray[np.float32],
+        candidate_CD: npt.NDArray[np.float32],
+        pool: _Pool,
+        depth: int,
+        first: First | None,
+    ) -> Found:
+        """The search for all queries, of which this process does its share."""
+        rows = self._share(len(pool.queries))
+        own = slice(rows.start, rows.stop)
+        found = search(
+            query_QD[own],
+            candidate_CD,
+            pool.wanted[own],
+            k=depth,
+            first=None if first is None else First(first.column[own], first.place[own]),
+            start=rows.start,
+        )
+        parts = self._gather([found])
+        return Found(
+            Ranks.joined([part.ranks for part in parts]),
+            np.concatenate([part.column_QK for part in parts]),
+            np.concatenate([part.score_QK for part in parts]),
+            np.concatenate([part.best_Q for part in parts]),
+        )
+
+    def _share(self, num_queries: int) -> range:
+        """The queries that are this process's: whole blocks, one after the other."""
+        if not self._shared:
+            return range(num_queries)
+        from quarterlight.training.distributed import share  # needs what the extra train or eval installs
+
+        blocks = share(range(0, num_queries, _QUERIES))
+        return range(blocks[0], min(blocks[-1] + _QUERIES, num_queries)) if blocks else range(0)
+
+    def _gather(self, values: list[_T]) -> list[_T]:
+        """What all processes have, in their order."""
+        if not self._shared:
+            return values
+        from quarterlight.training.distributed import gather_objects
+
+        return gather_objects(values)
 
     def _rerank(
         self,
@@ -208,55 +358,84 @@ class RetrievalEvaluator:
         """The places that the reranker gives the first candidates of each query."""
         started = time.monotonic()
         weight = reranker.settings.fusion_weight if self.fusion_weight is None else self.fusion_weight
-        place_QK = np.zeros_like(column_QK)
+        own = self._share(len(queries))
+        place_BK = np.zeros((len(own), column_QK.shape[1]), np.int64)
         num_pairs = 0
-        self.on_rerank(0, len(queries))
-        for start in range(0, len(queries), _QUERIES):
-            rows = range(start, min(start + _QUERIES, len(queries)))
-            pairs = [(queries[row], candidates[column]) for row in rows for column in column_QK[row]]
+        not_numbers: list[int] = []
+        self.on_rerank(0, len(own))
+        for start in range(own.start, own.stop, _QUERIES):
+            rows = range(start, min(start + _QUERIES, own.stop))
+            pairs = [(queries[row], candidates[column]) for row in rows for column in column_QK[row] if column >= 0]
             # each distinct pair once, so that what is the same has the same score to the last bit
             distinct = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
             score_N = reranker.predict(list(distinct))
-            score_BK = score_N[[distinct[pair] for pair in pairs]].reshape(len(rows), -1)
-            for row, score_K in zip(rows, score_BK, strict=True):
-                place_QK[row] = places(recall_QK[row], score_K, weight)
+            scores = iter(score_N[[distinct[pair] for pair in pairs]])
+            for row in rows:
+                has = column_QK[row] >= 0  # a query with a few candidates of its own has no more
+                score_K = np.array([next(scores) for _ in range(int(has.sum()))], np.float32)
+                if not np.isfinite(score_K).all():
+                    not_numbers.append(row)
+                    score_K = np.zeros_like(score_K)
+                place_BK[row - own.start, has] = places(recall_QK[row, has], score_K, weight)
             num_pairs += len(distinct)
-            self.on_rerank(rows.stop, len(queries))
-        return _Reranking(First(column_QK, place_QK), column_QK.shape[1], num_pairs, time.monotonic() - started)
+            self.on_rerank(rows.stop - own.start, len(own))
+        parts = self._gather([(place_BK, num_pairs, not_numbers)])
+        return _Reranking(
+            First(column_QK, np.concatenate([part[0] for part in parts])),
+            column_QK.shape[1],
+            sum(part[1] for part in parts),
+            time.monotonic() - started,
+            [row for part in parts for row in part[2]],
+        )
 
-    def _rankable(self, task: RetrievalTask) -> tuple[dict[str, int], list[Query], list[list[int]], list[Problem]]:
-        """The column of each candidate that has a vector, the queries that can be scored against these with the columns
-        of their positives, and what is left out."""
+    def _rankable(self, task: RetrievalTask) -> _Pool:
+        """The candidates that have a vector, the queries that can be scored against these, and what is left out."""
         problems: list[Problem] = []
         column: dict[str, int] = {}
+        _all_different(task, "query", [query.qid for query in task.queries])
+        _all_different(task, "candidate", [candidate.did for candidate in task.candidates])
         for candidate in task.candidates:
-            if reason := self._candidate_vectors.problems.get(candidate.item):
+            if reason := self._candidate_vectors.problem(candidate.item):
                 problems.append(Problem(candidate.did, reason))
             else:
                 column[candidate.did] = len(column)
-        scored: list[Query] = []
-        positives: list[list[int]] = []
+        queries: list[Query] = []
+        wanted: list[Wanted] = []
         for query in task.queries:
-            found = [column[did] for did in query.positives if did in column]
-            if reason := self._query_vectors.problems.get(query.item):
+            hidden = set(query.excluded)
+            own = set(query.candidates)
+            positives = [did for did in query.positives if did in column and did not in hidden]
+            found = [did for did in positives if not own or did in own]
+            if reason := self._query_vectors.problem(query.item):
                 problems.append(Problem(query.qid, reason))
             elif not found:
-                problems.append(Problem(query.qid, "none of its positives can be read"))
+                why = "can be read" if not positives else "is among its own candidates"
+                problems.append(Problem(query.qid, f"none of its positives {why}"))
             else:
-                scored.append(query)
-                positives.append(found)
-        return column, scored, positives, problems
+                queries.append(query)
+                pool = [column[did] for did in dict.fromkeys(query.candidates) if did in column]
+                wanted.append(
+                    Wanted(
+                        positives=[column[did] for did in found],
+                        grades=[float(query.grades.get(did, 1)) for did in found] if query.grades else None,
+                        excluded=[column[did] for did in dict.fromkeys(query.excluded) if did in column],
+                        pool=np.array(pool, np.int64) if pool else None,
+                    )
+                )
+        return _Pool(column, queries, wanted, problems)
 
     def _embed(self, query_items: list[Item], candidate_items: list[Item]) -> int:
         sides = ((self._query_vectors, query_items), (self._candidate_vectors, candidate_items))
-        missing = [(vectors, vectors.missing(items)) for vectors, items in sides]
-        total, done = sum(len(items) for _, items in missing), 0
+        total, done = sum(len(vectors.missing(items)) for vectors, items in sides), 0
         self.on_progress(0, total)
-        for vectors, items in missing:
-            for start in range(0, len(items), _CHUNK):
-                vectors.add(items[start : start + _CHUNK])
-                done += len(items[start : start + _CHUNK])
-                self.on_progress(done, total)
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
+            self.on_progress(done, total)
+
+        for vectors, items in sides:
+            vectors.add(items, advance)
         return total
 
 
@@ -275,44 +454,195 @@ class _Reranking(NamedTuple):
     num_reranked: int = 0
     num_pairs: int = 0
     seconds: float = 0.0
+    not_numbers: Sequence[int] = ()
+
+
+class _Pool(NamedTuple):
+    """What of a task can be ranked: the column of each candidate by id, queries and their positives; and what not."""
+
+    column: dict[str, int]
+    queries: list[Query]
+    wanted: list[Wanted]
+    problems: list[Problem]
+
+
+class _Scored(NamedTuple):
+    """A search in numbers: by query, by chance, in the benchmark's reading."""
+
+    values: _Values
+    chance: _Values
+    official: Official | None
+    ranking: Ranking | None
+
+    @classmethod
+    def nothing(cls, metric: str | None, ties: Ties) -> _Scored:
+        """Of a task of which no query can be scored."""
+        official = metric and Official(metric=metric, ties=ties, value=None, expected=None, num_tied=0)
+        return cls({}, {}, official or None, None)
+
+    @classmethod
+    def of(cls, found: Found, pool: _Pool, names: Sequence[str], metric: str | None, ties: Ties, depth: int) -> _Scored:
+        ranks = found.ranks
+        values = {name: measure(name, ranks) for name in names}
+        sizes = [
+            len(pool.column if one.pool is None else one.pool)
+            - len(one.excluded if one.pool is None else np.intersect1d(one.excluded, one.pool))
+            for one in pool.wanted
+        ]
+        alike = chance_ranks(ranks.num_positives, sizes)
+        chance = {name: measure(name, alike) for name in names}
+        higher_Q, tied_Q, _ = ranks.best()
+        of_query = dict(values)
+        official = None
+        dids = list(pool.column)
+        if metric is not None:
+            of_query[metric] = measure(metric, ranks, ties=ties)
+            rivals_Q = ranks.sum_of((ranks.tied > ranks.tied_positives).astype(float))
+            official = Official(
+                metric=metric,
+                ties=ties,
+                value=float(of_query[metric].mean()),
+                expected=float(values[metric].mean()),
+                num_tied=int(np.count_nonzero(rivals_Q)),
+                trec_eval=_trec_eval(metric, found, pool, dids),
+            )
+        ranking = Ranking(
+            qids=[query.qid for query in pool.queries],
+            rank_Q=1 + higher_Q,
+            tied_Q=tied_Q,
+            score_Q=found.best_Q,
+            num_positives_Q=ranks.num_positives,
+            num_candidates_Q=np.array(sizes, np.int64),
+            metrics=of_query,
+            dids=[[dids[column] for column in row if column >= 0] for row in found.column_QK[:, :depth].tolist()],
+            score_QK=found.score_QK[:, :depth],
+        )
+        return cls(values, chance, official, ranking)
+
+
+def _all_different(task: RetrievalTask, what: str, ids: Sequence[str]) -> None:
+    """Raises InputError for an id that occurs twice: what is looked up by it would be one of the two."""
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(one for one in ids if one in seen or seen.add(one))  # type: ignore[func-returns-value]
+        raise InputError(f"{task.label}: the {what} id {twice!r} occurs a second time; ids must be unique.")
+
+
+def _depth_of(metric: str | None) -> int:
+    """How many of the first candidates trec_eval must see to compute a metric."""
+    return int(metric.partition("@")[2] or 0) if metric else 0
+
+
+def _trec_eval(metric: str, found: Found, pool: _Pool, dids: Sequence[str]) -> float | None:
+    """The mean by trec_eval's code, over the same queries and positives."""
+    k = _depth_of(metric)
+    if not k:
+        return None
+    rows = zip(pool.queries, found.column_QK[:, :k].tolist(), found.score_QK[:, :k].tolist(), strict=True)
+    run = {
+        query.qid: {dids[column]: score for column, score in zip(columns, scores, strict=True) if column >= 0}
+        for query, columns, scores in rows
+    }
+    qrels = {
+        query.qid: {dids[column]: query.grades.get(dids[column], 1) for column in one.positives}
+        for query, one in zip(pool.queries, pool.wanted, strict=True)
+    }
+    try:
+        values = trec_values([metric], run, qrels).get(metric)
+    except ModuleNotFoundError:
+        return None
+    return None if values is None else sum(values.values()) / len(pool.queries)
 
 
 class _Vectors:
     """The vectors of the items of one side, and why some have none."""
 
     def __init__(self, encode: Callable[[Sequence[Item]], npt.NDArray[np.float32]]) -> None:
-        self.problems: dict[Item, str] = {}
+        self._problems: dict[Item, str] = {}
         self._encode = encode
         self._row: dict[Item, int] = {}
         self._chunks: list[npt.NDArray[np.float32]] = []
 
+    def problem(self, item: Item) -> str | None:
+        """Why an item that has been added has no vector."""
+        return self._problems.get(item)
+
     def missing(self, items: Iterable[Item]) -> list[Item]:
         """The distinct items that have neither a vector nor a problem yet."""
-        return [item for item in dict.fromkeys(items) if item not in self._row and item not in self.problems]
+        return [item for item in dict.fromkeys(items) if item not in self._row and item not in self._problems]
 
-    def add(self, items: Sequence[Item]) -> None:
-        """Embeds items that are missing."""
-        vector_ND, problems = encode_readable(self._encode, items)
-        for number, item in enumerate(items):
-            if number in problems:
-                self.problems[item] = problems[number]
-            else:
-                self._row[item] = len(self._row)
-        if len(vector_ND):
-            self._chunks.append(vector_ND)
+    def add(self, items: Sequence[Item], on_progress: Callable[[int], None]) -> None:
+        """Embeds the items that are missing; calls with how many more are done."""
+        missing = self.missing(items)
+        for start in range(0, len(missing), _CHUNK):
+            chunk = missing[start : start + _CHUNK]
+            vector_ND, problems = encode_readable(self._encode, chunk)
+            for number, item in enumerate(chunk):
+                if number in problems:
+                    self._problems[item] = problems[number]
+                else:
+                    self._row[item] = len(self._row)
+            if len(vector_ND):
+                self._chunks.append(vector_ND)
+            on_progress(len(chunk))
 
     def of(self, items: Iterable[Item]) -> npt.NDArray[np.float32]:
         """One row for each item, all of which have been added without a problem."""
         if len(self._chunks) > 1:
             self._chunks = [np.concatenate(self._chunks)]
-        return self._chunks[0][[self._row[item] for item in items]]
+        rows = [self._row[item] for item in items]
+        if rows == list(range(len(self._chunks[0]))):
+            return self._chunks[0]  # the usual case of a large pool, which need not be there twice
+        return self._chunks[0][rows]
+
+
+class _Store:
+    """Embeddings on disk, found by what items show."""
+
+    def __init__(self, embedder: Encoder, folder: Path) -> None:
+        from quarterlight.training.embeddings import Contents, Embeddings  # needs what the extra eval installs
+
+        self.contents = Contents()
+        self.embeddings = Embeddings(embedder, folder)  # type: ignore[arg-type]
+
+
+class _StoredVectors:
+    """As :class:`_Vectors`, on disk."""
+
+    def __init__(self, store: _Store, role: Role) -> None:
+        self._store = store
+        self._role: Role = role
+        self._key: dict[Item, bytes | None] = {}
+
+    def problem(self, item: Item) -> str | None:
+        key = self._key[item]
+        if key is None:
+            return self._store.contents.problem(item)
+        return self._store.embeddings.problems[self._role].get(key)
+
+    def missing(self, items: Iterable[Item]) -> list[Item]:
+        by_key = self._by_key(items)
+        return [by_key[key] for key in self._store.embeddings.missing(self._role, by_key)]
+
+    def add(self, items: Sequence[Item], on_progress: Callable[[int], None]) -> None:
+        # all of them: what is missing, another process may already see otherwise, and they must share the same list
+        self._store.embeddings.add(self._role, self._by_key(items), on_progress=on_progress)
+
+    def _by_key(self, items: Iterable[Item]) -> dict[bytes, Item]:
+        """The items that can be read, each content once."""
+        contents, distinct = self._store.contents, list(dict.fromkeys(items))
+        contents.read([item for item in distinct if item not in self._key])
+        for item in distinct:
+            if item not in self._key:
+                self._key[item] = contents.key(item)
+        return {key: item for item in distinct if (key := self._key[item]) is not None}
+
+    def of(self, items: Iterable[Item]) -> npt.NDArray[np.float32]:
+        keys = [key for item in items if (key := self._key[item]) is not None]
+        return self._store.embeddings.rows(self._role, keys)[:]
 
 
 _Values: TypeAlias = "Mapping[str, npt.NDArray[np.floating[Any]]]"  # metric -> its value for each query
-
-
-def _values(ranks: Ranks) -> _Values:
-    return {name: metric(ranks) for name, metric in METRICS.items()}
 
 
 def _scores(values: _Values, chance: _Values, rows: npt.NDArray[np.integer[Any]]) -> Scores:

@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.mining.embeddings import Contents, Embeddings, Encoder
 from quarterlight.mining.neighbours import EXACT_LIMIT, ExactSearch, IndexedSearch, Search, build_index
 from quarterlight.prompts import Role
 from quarterlight.records import Item
 from quarterlight.training.distributed import processes
+from quarterlight.training.embeddings import Contents, Embeddings, Encoder
 
 PART = 32_768
 """Queries searched and written at once: so many are lost at most when a process is killed."""

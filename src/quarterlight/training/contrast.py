@@ -29,7 +29,8 @@ from quarterlight.data.contrastive import BatchSampler, TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
-from quarterlight.metrics.ranking import hit, rank_embeddings
+from quarterlight.metrics.ranking import hit
+from quarterlight.metrics.search import rank_embeddings
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.shared_prefix import embed_shared_prefix

@@ -116,8 +116,23 @@ class Embeddings:
         self._shards: dict[Role, list[Path]] = {"query": [], "document": []}
         self._place: dict[Role, dict[bytes, int]] = {"query": {}, "document": {}}  # shard and row: see _PLACES
 
-    def add(self, role: Role, items: Mapping[bytes, Item], *, show_progress: bool = False) -> None:
-        """Embeds the items, by key, that neither this nor an earlier run has embedded."""
+    def missing(self, role: Role, keys: Iterable[bytes]) -> list[bytes]:
+        """The items, by key, that neither this nor an earlier run has embedded."""
+        self._find(role)
+        return [key for key in keys if not self._has(role, key)]
+
+    def add(
+        self,
+        role: Role,
+        items: Mapping[bytes, Item],
+        *,
+        show_progress: bool = False,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Embeds the items, by key, that neither this nor an earlier run has embedded.
+
+        on_progress: called with how many more this process has embedded.
+        """
         self._find(role)
         keys = list(items)
         # Which process embeds what does not depend on what is there already, which they would not see alike.
@@ -129,6 +144,7 @@ class Embeddings:
             for block in todo:
                 self._write(role, block, *encode_readable(self._encode[role], [items[key] for key in block]))
                 bar.update(len(block))
+                on_progress(len(block))
         self._process.wait_for_everyone()
         self._find(role)
 

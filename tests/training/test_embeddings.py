@@ -9,10 +9,10 @@ from PIL import Image
 from tests.mining.worker import Hashing
 
 from quarterlight.errors import DatasetError, InputError
-from quarterlight.mining import embeddings
-from quarterlight.mining.embeddings import Contents, Embeddings
 from quarterlight.models.embedder import Embedder
 from quarterlight.records import Item
+from quarterlight.training import embeddings
+from quarterlight.training.embeddings import Contents, Embeddings
 
 
 @pytest.fixture
