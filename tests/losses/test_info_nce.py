@@ -212,7 +212,7 @@ def test_the_score_is_float32_under_autocast() -> None:
         ),
         (torch.eye(2), torch.eye(2), {"temperature": torch.tensor(-1.0)}, "above 0"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "backward_weight": -1.0}, "backward_weight must not be"),
-        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "backward_weight": 1.0, "symmetric": True}, "takes the place of"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "backward_weight": 1.0, "symmetric": True}, "symmetric; got"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "hardness_weight": -1.0}, "hardness weight is not negative"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "dimensions": []}, r"from 1 to 2 as dimensions, got \[\]"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "dimensions": [2, 3]}, r"from 1 to 2 .* got \[2, 3\]"),

@@ -39,14 +39,19 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
 def embed_shared_prefix(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """What :func:`quarterlight.models.pooling.embed` gives for the last token under causal attention, ``[B, D]``.
 
-    inputs: right-padded ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``.
+    inputs: right-padded ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values`` or
+        ``mm_encoder_outputs``.
     Gradients reach the shared beginning from every row.
     """
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
     image_token_id = model.config.image_token_id
     embeds = model.get_input_embeddings()(input_ids)
-    if (pixel_values := inputs.get("pixel_values")) is not None:
+    features: Tensor | None = None
+    if (seen := inputs.get("mm_encoder_outputs")) is not None:
+        features = seen["image"].pooler_output
+    elif (pixel_values := inputs.get("pixel_values")) is not None:
         features = model.get_image_features(pixel_values).pooler_output
+    if features is not None:
         slots = model.get_placeholder_mask(input_ids, embeds, features)  # checks that they are as many
         embeds = embeds.masked_scatter(slots, features.to(embeds.dtype))
     P = common_prefix(input_ids, mask, image_token_id)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -42,13 +41,13 @@ from quarterlight.records import Item
 from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
 from quarterlight.training.distributed import gather_objects, share, world_size
+from quarterlight.training.eyes import FrozenEyes, PictureKey, VisualTokens, picture_keys, show
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
 from quarterlight.training.trouble import stop_at
 from quarterlight.training.writer import Writer
 
 _YES, _NO, _LIST = _KINDS = range(3)  # what is answered
 _GROUPED = 0.85  # of the longest row of a group, how long the others are at least: what is missing is padding
-_TILES_AT_ONCE, _TILES_ON_CPU = 128, 4  # in the tower
 _PROMPTS_KEPT = 1 << 17
 
 
@@ -92,37 +91,6 @@ class RerankRecipe:
             raise RecipeError("pointwise_weight and listwise_weight must not both be 0.")
         if not 0 <= self.max_unreadable <= 1:
             raise RecipeError(f"max_unreadable must be from 0 to 1, got {self.max_unreadable}.")
-
-
-@dataclass(frozen=True)
-class PictureKey:
-    """What tells a picture from others, cut into so many tiles at most. No tuple, into which ``Trainer`` would look."""
-
-    source: Hashable
-    max_tiles: int
-
-
-class VisualTokens:
-    """Visual tokens of pictures, ``[T, tokens, D]`` each, in main memory as long as there is room.
-
-    Nothing is ever dropped, so that whoever found a picture here finds it later too.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._room = max_bytes
-        self._tokens: dict[PictureKey, Tensor] = {}
-
-    def __contains__(self, key: PictureKey) -> bool:
-        return key in self._tokens
-
-    def __getitem__(self, key: PictureKey) -> Tensor:
-        return self._tokens[key]
-
-    def put(self, key: PictureKey, tokens: Tensor) -> None:
-        """Keeps a picture's tokens if there is room for them."""
-        if key not in self._tokens and tokens.nbytes <= self._room:
-            self._room -= tokens.nbytes
-            self._tokens[key] = tokens.to("cpu", copy=True)  # not a part of something larger
 
 
 @dataclass(frozen=True)
@@ -219,12 +187,9 @@ class RerankCollator:
     def _look(self, item: Item, fresh: dict[PictureKey, Tensor]) -> Iterator[tuple[PictureKey, int, list[str]]]:
         """For each picture of an item its key, its number of tiles, and why it cannot be read if so."""
         most = self.formatter.max_tiles(item)
-        for source, key in zip(item.images, _keys(item, most), strict=True):
-            alone = Item(image=source, max_tiles=most)
-            if key not in self.known and key not in fresh:
-                tiles_THW3, _ = self.pictures.tiles([alone])
-                fresh[key] = torch.from_numpy(tiles_THW3)
-            yield key, len(fresh[key] if key in fresh else self.known[key]), self.pictures.whys(alone)
+        found = show(item, most, self.pictures, self.known, fresh)
+        for source, (key, count) in zip(item.images, found, strict=True):
+            yield key, count, self.pictures.whys(Item(image=source, max_tiles=most))
 
     def _pairs(self, number: int, row: RerankRow, tiles: Mapping[PictureKey, int]) -> _Sequence:
         items = [row.positive.item, row.negative.item]
@@ -271,7 +236,7 @@ class RerankCollator:
         return self.formatter.tokenize.expand(prompt, [tiles[key] for key in self._keys(items)])[0]
 
     def _keys(self, items: Sequence[Item]) -> list[PictureKey]:
-        return [key for item in items for key in _keys(item, self.formatter.max_tiles(item))]
+        return [key for item in items for key in picture_keys(item, self.formatter.max_tiles(item))]
 
     def _part(self, sequences: list[_Sequence]) -> dict[str, Any]:
         opening = _opening([one.trunk for one in sequences], self.formatter.processor.image_token_id)
@@ -305,11 +270,6 @@ class RerankCollator:
             "sequences": sequences,
         }
         return group | ({"branch": branch} if len(sequences[0].branches) > 1 else {})
-
-
-def _keys(item: Item, max_tiles: int) -> list[PictureKey]:
-    # an opened picture has no name, but lives as long as its item
-    return [PictureKey(id(one) if isinstance(one, Image.Image) else one, max_tiles) for one in item.images]
 
 
 def _grouped(sequences: list[_Sequence], skipped: int) -> Iterator[list[_Sequence]]:
@@ -354,22 +314,14 @@ class AnswerWriter(Writer):
         shared_prefix: bool = True,
     ) -> None:
         super().__init__(model)
-        self.image_processor = processor.image_processor
-        self.known = known
+        self.eyes = FrozenEyes(model, processor.image_processor, known)
         self.words = [answers.yes, answers.no, *answers.numbers]
         self.shared_prefix = shared_prefix
-        for part in self._eyes:
-            part.requires_grad_(False)
-
-    @property
-    def _eyes(self) -> tuple[nn.Module, nn.Module]:
-        return self.model.model.vision_tower, self.model.model.multi_modal_projector
 
     def train(self, mode: bool = True) -> AnswerWriter:
         """Of the language model only: what the tower sees must not depend on when it looks."""
         super().train(mode)
-        for part in self._eyes:
-            part.eval()
+        self.eyes.rest()
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -378,34 +330,10 @@ class AnswerWriter(Writer):
 
         batch: what :class:`RerankCollator` makes, on the model's device.
         """
-        seen = self._look(batch["fresh"])
+        seen = self.eyes.look(batch["fresh"])
         hidden_ND = torch.cat([one for part in batch["parts"] for one in self._read(part, seen)])
         logits_NV = self.model.lm_head(hidden_ND).float()
         return F.cross_entropy(logits_NV, batch["labels"], reduction="none"), logits_NV[:, self.words].detach()
-
-    @torch.no_grad()
-    def _look(self, fresh: Mapping[PictureKey, Tensor]) -> dict[PictureKey, Tensor]:
-        """The visual tokens of pictures that are not known, which are known from then on if there is room.
-
-        On a CPU always as many tiles go through the tower together: the rounding of a product depends on its shape,
-        and a run that was stopped has other pictures to look at.
-        """
-        if not fresh:
-            return {}
-        tiles_THW3 = torch.cat(list(fresh.values()))
-        size = _TILES_ON_CPU if tiles_THW3.device.type == "cpu" else _TILES_AT_ONCE
-        if tiles_THW3.device.type == "cpu":
-            tiles_THW3 = F.pad(tiles_THW3, (0, 0, 0, 0, 0, 0, 0, -len(tiles_THW3) % size))
-        tokens = torch.cat([self._tower(some) for some in tiles_THW3.split(size)])
-        counts = [len(one) for one in fresh.values()]
-        seen = dict(zip(fresh, tokens[: sum(counts)].split(counts), strict=True))
-        for key, one in seen.items():
-            self.known.put(key, one)
-        return seen
-
-    def _tower(self, tiles_THW3: Tensor) -> Tensor:
-        """The visual tokens of tiles, [T, tokens, D]."""
-        return self.model.get_image_features(self.image_processor.normalize_tiles(tiles_THW3)).pooler_output
 
     def _read(self, part: Mapping[str, Any], seen: Mapping[PictureKey, Tensor]) -> Iterator[Tensor]:
         """For each group the hidden states from which its answers come, [n, D]."""
@@ -421,8 +349,7 @@ class AnswerWriter(Writer):
             embeds_BLD = embed(group["input_ids"])
             rows = len(embeds_BLD)
             if group["pictures"]:
-                tokens = [seen[key] if key in seen else self.known[key] for key in group["pictures"]]
-                features = torch.cat([one.flatten(0, 1).to(embeds_BLD) for one in tokens])
+                features = self.eyes.tokens(group["pictures"], seen, embeds_BLD).flatten(0, 1)
                 slots = self.model.model.get_placeholder_mask(group["input_ids"], embeds_BLD, features)  # as many?
                 embeds_BLD = embeds_BLD.masked_scatter(slots, features)
             branch_BL, position_ids = group.get("branch"), group["position_ids"]

@@ -1,0 +1,135 @@
+"""A vision tower and a connector that stay as they are: every picture is looked at once, and what they see is kept.
+
+Both papers freeze them in their fine-tunes, where the tower would otherwise be the largest part of a step.  Pictures
+must be shown as they are: an augmented one is another picture every time.
+
+T tiles, H and W pixels, D columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quarterlight.records import Item
+
+if TYPE_CHECKING:
+    from quarterlight.training.collate import Pictures
+
+_TILES_AT_ONCE, _TILES_ON_CPU = 128, 4  # in the tower
+
+
+@dataclass(frozen=True)
+class PictureKey:
+    """What tells a picture from others, cut into so many tiles at most. No tuple, into which ``Trainer`` would look."""
+
+    source: Hashable
+    max_tiles: int
+
+
+class VisualTokens:
+    """Visual tokens of pictures, ``[T, tokens, D]`` each, in main memory as long as there is room.
+
+    Nothing is ever dropped, so that whoever found a picture here finds it later too.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._room = max_bytes
+        self._tokens: dict[PictureKey, Tensor] = {}
+
+    def __contains__(self, key: PictureKey) -> bool:
+        return key in self._tokens
+
+    def __getitem__(self, key: PictureKey) -> Tensor:
+        return self._tokens[key]
+
+    def put(self, key: PictureKey, tokens: Tensor) -> None:
+        """Keeps a picture's tokens if there is room for them."""
+        if key not in self._tokens and tokens.nbytes <= self._room:
+            self._room -= tokens.nbytes
+            self._tokens[key] = tokens.to("cpu", copy=True)  # not a part of something larger
+
+
+def picture_keys(item: Item, max_tiles: int) -> list[PictureKey]:
+    """The keys of an item's pictures, each in so many tiles at most."""
+    # an opened picture has no name, but lives as long as its item
+    return [PictureKey(id(one) if isinstance(one, Image.Image) else one, max_tiles) for one in item.images]
+
+
+def show(
+    item: Item, max_tiles: int, pictures: Pictures, known: VisualTokens, fresh: dict[PictureKey, Tensor]
+) -> Iterator[tuple[PictureKey, int]]:
+    """For each picture of an item its key and its number of tiles.
+
+    pictures: decode those whose tokens are not known; their tiles, uint8 ``[T, H, W, 3]``, are put into ``fresh``.
+    """
+    for source, key in zip(item.images, picture_keys(item, max_tiles), strict=True):
+        if key not in known and key not in fresh:
+            tiles_THW3, _ = pictures.tiles([Item(image=source, max_tiles=max_tiles)])
+            fresh[key] = torch.from_numpy(tiles_THW3)
+        yield key, len(fresh[key] if key in fresh else known[key])
+
+
+class FrozenEyes:
+    """Vision tower and connector of a model whose language model alone is trained.
+
+    model: an InternVL3-VTC, or one with a language head; its tower and connector get no gradients from now on.
+    known: visual tokens of pictures.
+    """
+
+    def __init__(self, model: Any, image_processor: Any, known: VisualTokens) -> None:
+        self._model = model
+        self._image_processor = image_processor
+        self.known = known
+        for part in self.parts:
+            part.requires_grad_(False)
+
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """Vision tower and connector."""
+        base = self._model.base_model
+        return base.vision_tower, base.multi_modal_projector
+
+    def rest(self) -> None:
+        """Ends the training mode of both: what they see must not depend on when they look."""
+        for part in self.parts:
+            part.eval()
+
+    @torch.no_grad()
+    def look(self, fresh: Mapping[PictureKey, Tensor]) -> dict[PictureKey, Tensor]:
+        """The visual tokens of pictures that are not known, which are known from then on if there is room.
+
+        fresh: uint8 tiles ``[T, H, W, 3]`` of each.
+        On a CPU always as many tiles go through the tower together: the rounding of a product depends on its shape,
+        and a run that was stopped has other pictures to look at.
+        """
+        fresh = {key: tiles for key, tiles in fresh.items() if key not in self.known}
+        if not fresh:
+            return {}
+        tiles_THW3 = torch.cat(list(fresh.values()))
+        size = _TILES_ON_CPU if tiles_THW3.device.type == "cpu" else _TILES_AT_ONCE
+        if tiles_THW3.device.type == "cpu":
+            tiles_THW3 = F.pad(tiles_THW3, (0, 0, 0, 0, 0, 0, 0, -len(tiles_THW3) % size))
+        tokens = torch.cat([self._tower(some) for some in tiles_THW3.split(size)])
+        counts = [len(one) for one in fresh.values()]
+        seen = dict(zip(fresh, tokens[: sum(counts)].split(counts), strict=True))
+        for key, one in seen.items():
+            self.known.put(key, one)
+        return seen
+
+    def tokens(self, keys: Sequence[PictureKey], seen: Mapping[PictureKey, Tensor], like: Tensor) -> Tensor:
+        """The visual tokens of pictures one after the other, ``[tiles, tokens, D]``, in the dtype of ``like``.
+
+        seen: what :meth:`look` gave for the pictures of the batch.
+        """
+        return torch.cat([(seen[key] if key in seen else self.known[key]).to(like) for key in keys])
+
+    def _tower(self, tiles_THW3: Tensor) -> Tensor:
+        """The visual tokens of tiles, [T, tokens, D]."""
+        return self._model.get_image_features(self._image_processor.normalize_tiles(tiles_THW3)).pooler_output
