@@ -117,7 +117,8 @@ def test_a_published_dataset_brings_the_instructions_of_the_paper() -> None:
 
 
 def test_the_stages_of_a_recipe_are_those_that_it_has() -> None:
-    assert load_recipe(NANO).stages == list(STAGES)
+    more = ("text_pairs", "caption_pairs", "teach", "distill", "continue_hard")  # of U-MARVEL
+    assert load_recipe(NANO).stages == [one for one in STAGES if one not in more]
     short = load_recipe(NANO, ["teacher=null", "tower=null", "restore=null", "warmup.teacher_weight=0.0"])
     assert short.stages[:2] == ["start", "warmup"]
     two = load_recipe(NANO.with_name("magic_mm_2b.yaml"))

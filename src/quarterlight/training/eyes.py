@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -19,10 +20,13 @@ from torch.nn import functional as F
 
 from quarterlight.records import Item
 
-if TYPE_CHECKING:
-    from quarterlight.training.collate import Pictures
-
 _TILES_AT_ONCE, _TILES_ON_CPU = 128, 4  # in the tower
+
+
+class Pictures(Protocol):
+    """What decodes pictures; :class:`quarterlight.training.collate.Pictures` does."""
+
+    def tiles(self, items: Sequence[Item], /) -> tuple[np.ndarray, list[list[int]]]: ...
 
 
 @dataclass(frozen=True)
