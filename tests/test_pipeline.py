@@ -368,7 +368,8 @@ def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
     tied = values()["model"]
     headless = tied | {"text": tied["text"] | {"tie_word_embeddings": False}}
     untied = tmp_path / "untied"
-    run(recipe(model=headless, rerank=None), DATA, untied, last="start", report=lambda _: None)
+    none = {"rerank": None, "teach": None, "distill": None}
+    run(recipe(model=headless, **none), DATA, untied, last="start", report=lambda _: None)
     given = {key: one for key, one in values().items() if key in ("name", "mixture", "warmup", "rerank")}
     given |= {"model": {"checkpoint": str(untied / "start")}}
     given["warmup"].pop("teacher_weight")
