@@ -546,7 +546,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter where one of them is a Literal
         if value is None and type(None) in arguments:
             return None
         return _convert(next(one for one in arguments if one is not type(None)), value, where)

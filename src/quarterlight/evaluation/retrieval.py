@@ -122,7 +122,7 @@ class RetrievalEvaluator:
     reranker: also score the order that it gives the first candidates.
     rerank: how many these are; 5 in Magic-MM-Embedding (table 7).
     fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
-        reranker's setting.
+        reranker's setting for the task.
     on_rerank: called with how many queries of a task are reranked, and how many there are.
     Raises InputError when there are none to rerank, or the weight is outside [0, 1].
     """
@@ -175,7 +175,11 @@ class RetrievalEvaluator:
         reranking = _Reranking()
         if scored and self.reranker is not None:
             items = [query.item for query in scored]
-            reranking = self._rerank(self.reranker, items, readable, *first_k(query_QD, candidate_CD, self.rerank))
+            weight = self.fusion_weight
+            if weight is None:
+                weight = self.reranker.settings.weight_of(task.task, task.dataset)
+            first = first_k(query_QD, candidate_CD, self.rerank)
+            reranking = self._rerank(self.reranker, weight, items, readable, *first)
             reranked = _values(rank_embeddings(query_QD, candidate_CD, positives, first=reranking.first))
         rows = np.arange(len(scored))
         return TaskResult(
@@ -200,6 +204,7 @@ class RetrievalEvaluator:
     def _rerank(
         self,
         reranker: Reranker,
+        weight: float,
         queries: Sequence[Item],
         candidates: Sequence[Item],
         column_QK: npt.NDArray[np.int64],
@@ -207,7 +212,6 @@ class RetrievalEvaluator:
     ) -> _Reranking:
         """The places that the reranker gives the first candidates of each query."""
         started = time.monotonic()
-        weight = reranker.settings.fusion_weight if self.fusion_weight is None else self.fusion_weight
         place_QK = np.zeros_like(column_QK)
         num_pairs = 0
         self.on_rerank(0, len(queries))

@@ -327,6 +327,22 @@ def save_reranker(
     return Path(folder)
 
 
+def save_fusion_weights(folder: Path, weights: Mapping[str, float], found: Mapping[str, Any]) -> RerankerSettings:
+    """Puts the weights of tasks among the settings of a reranker's folder, over older ones of the same tasks.
+
+    weights: as in :class:`RerankerSettings`.  found: how they were; kept beside them as ``fusion``.
+    ``quarterlight.json`` is written under a temporary name and renamed.  Returns the new settings.
+    Raises CheckpointError when the folder holds no reranker, or a weight is impossible.
+    """
+    settings = load_reranker_settings(folder)
+    values = settings.to_dict() | {"fusion_weights": {**settings.fusion_weights, **weights}}
+    new = RerankerSettings.from_dict(values)
+    draft = folder / f"{SETTINGS_FILE}.draft"
+    _write_json(draft, read_description(folder) | {"settings": new.to_dict(), "fusion": dict(found)})
+    draft.replace(folder / SETTINGS_FILE)
+    return new
+
+
 @contextmanager
 def _draft(target: Path) -> Iterator[Path]:
     """A folder to write into, which then takes the place of ``target``."""

@@ -173,7 +173,7 @@ class Reranker:
         """SHA-256, in hex, of the weights and all else that changes a score beyond rounding."""
         weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
         settings = self.settings.to_dict()
-        for name in ("method", "fusion_weight"):
+        for name in ("method", "fusion_weight", "fusion_weights"):
             settings.pop(name)
         recipe = {
             "weights": weights_hash(weights),
