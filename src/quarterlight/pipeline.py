@@ -49,7 +49,6 @@ from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
 from quarterlight.models.pair import same_eyes, save_pair
-from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.reranker import Reranker, reranker_folder
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer
@@ -158,6 +157,9 @@ def _between(stages: Sequence[str], first: str | None, last: str | None) -> Sequ
 def _silent(_: str) -> None:
     """What processes other than the first report."""
 
+
+SAID = ("pooling", "attention")
+"""Keys of ``model`` that replace the checkpoint's settings of the same names where they are given."""
 
 _Loss = TypeVar("_Loss", bound=EmbedRecipe)
 
@@ -737,12 +739,7 @@ class _Pipeline:
     def _settings(self, stage: str) -> EmbedderSettings:
         model = self.recipe.model
         before = EmbedderSettings() if stage == "start" else load_settings(self._before(stage))
-        # what a recipe says of the model replaces what the checkpoint says
-        said: dict[str, Any] = {}
-        if model.pooling is not None:
-            said["pooling"] = PoolingMode(model.pooling)
-        if model.attention is not None:
-            said["attention"] = Attention(model.attention)
+        said = {name: value for name in SAID if (value := getattr(model, name)) is not None}
         return replace(before, text_max_tokens=model.text_max_tokens, system_prompt=model.system_prompt, **said)
 
     def _processor(self, stage: str) -> InternVLVTCProcessor:

@@ -485,10 +485,12 @@ def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number (1e-3 is one), and no key given twice."""
+    """YAML 1.2's idea of a number (1e-3 is one), and no key given twice but to replace one of a mapping merged in
+    (``<<: *anchor``)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=deep) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key!r} is given twice{node.start_mark}")
