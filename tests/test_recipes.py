@@ -253,9 +253,7 @@ def test_a_registry_name_must_be_known() -> None:
 @cache
 def planned_stages(name: str) -> list[StagePlan]:
     """With a small model in place of the recipe's: batches and steps are of any."""
-    return plan(
-        load_recipe(RECIPES / f"{name}.yaml", ["model.checkpoint=OpenGVLab/InternVL3-1B-hf"]), None, None, "H100"
-    )
+    return plan(load_recipe(RECIPES / f"{name}.yaml", ["model.checkpoint=nano"]), None, None, "H100")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +303,11 @@ def test_u_marvel() -> None:
 
 
 def test_the_best_of_nano_is_complete() -> None:
-    values = recipe("nano_best")
-    assert values.model.checkpoint == "nano" and values.model.visual_token_compression == 2
-    assert values.judge is not None and values.distill is not None and values.embedders[-1] == "distill"
-    assert all(one.loss.learn_temperature and one.freeze_eyes for one in values.contrast.values())
+    """From random weights to a taught embedder; what nano.yaml says of its data and stages holds for it too."""
+    values, plain = recipe("nano_best"), recipe("nano")
+    assert values.stages == [*plain.stages, "teach", "distill"] and values.embedders[-1] == "distill"
+    assert values.mixture == plain.mixture and values.model == plain.model
+    assert values.model.visual_token_compression == 2 and values.judge == plain.judge is not None
+    assert all(one.loss.learn_temperature for one in values.contrast.values())
+    assert [one.loss.inherit_temperature for one in values.contrast.values()] == [False, True, True]
+    assert values.distill is not None and values.distill.loss.learn_temperature and values.distill.freeze_eyes

@@ -3,8 +3,8 @@
     python benchmarks/reproduce/u_marvel.py --data DATASETS --out runs/reproduce                     # all rows, 3 seeds
     python benchmarks/reproduce/u_marvel.py --data DATASETS --out runs/reproduce --only T5 --seeds 1 --steps 10
 
-Every row is a short run from the bundled nano, with LoRA on its language model and frozen eyes, on a part of the
-collections emoji, icons and easy_vqa (for text pairs also esnli).  Mind what that start means: nano is a trained
+Every row is a short run from ``--start``, the bundled nano, with LoRA on its language model and frozen eyes, on a part
+of the collections emoji, icons and easy_vqa (for text pairs also esnli).  Mind what that start means: nano is a trained
 embedder already, with causal attention and the last token, so the rows of Table 1 that change these have more to
 unlearn than a language model would have.  Every training query keeps one of its positives, as in data that people
 labelled, so that the filter of Table 5 has false negatives to find.
@@ -29,13 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import common
+import torch
 
 from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalDataset, with_instructions
 from quarterlight.evaluation.retrieval import RetrievalEvaluator
 from quarterlight.manifest import environment
+from quarterlight.models.checkpoint import load_backbone, load_settings, resolve_checkpoint, save_checkpoint
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.reranker import Reranker
+from quarterlight.models.tokenizer import ANSWERS, with_words
 from quarterlight.pipeline import run
 from quarterlight.prompts import QUERY_INSTRUCTIONS
 from quarterlight.recipe import Recipe, parse
@@ -246,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory with emoji, icons_mdi, easy_vqa, esnli")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs; stopped ones are resumed")
+    parser.add_argument("--start", default="nano", help="model that all rows begin with; default: nano")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     parser.add_argument("--steps", type=int, default=40, help=f"of a batch of {BATCH}, in a warm-up; default: 40")
     parser.add_argument("--queries", type=int, default=600, help="of each training task; default: 600")
@@ -254,6 +258,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = {name: prepared(arguments, name) for name in REWRITES}
     prepared(arguments, "truth")
+    arguments.start = started(arguments)
     table = list(rows(arguments))
     wanted = [row for row in table if not arguments.only or {row.table, row.id} & {*arguments.only}]
     by_id = {row.id: row for row in table}
@@ -272,8 +277,8 @@ def measured(
     """The scores of a row, run and measured if that has not been done."""
     folder = arguments.out / "u_marvel" / f"{row.id}-seed{seed}"
     file = folder / "scores.json"
-    recipe = recipe_of(row, seed)
-    settings = json.loads(json.dumps([recipe_values(row, seed), arguments.queries]))
+    recipe = recipe_of(arguments, row, seed)
+    settings = json.loads(json.dumps([recipe_values(arguments, row, seed), arguments.queries]))
     if file.is_file():
         kept: dict[str, Any] = json.loads(file.read_text())
         if kept["settings"] == settings:
@@ -284,7 +289,7 @@ def measured(
     if row.base is not None:
         before = by_id[row.base]
         measured(arguments, before, seed, by_id, data)
-        base = recipe_of(before, seed)
+        base = recipe_of(arguments, before, seed)
         done = [one for one in recipe.stages if one in base.stages[: base.stages.index(before.last) + 1]]
         common.begin(arguments.out / "u_marvel" / f"{row.base}-seed{seed}", done, folder)
     started = time.monotonic()
@@ -297,17 +302,35 @@ def measured(
     return record
 
 
-def recipe_values(row: Row, seed: int) -> dict[str, Any]:
+def started(arguments: argparse.Namespace) -> str:
+    """The model that all rows begin with, whose tokenizer has the answers of a reranker as tokens.
+
+    One that lacks them gets them, with rows of their own for the language model to learn: else it can be no teacher.
+    """
+    folder = arguments.out / "start"
+    if not folder.exists():
+        source = resolve_checkpoint(arguments.start)
+        model, processor = load_backbone(source)
+        tokenizer = processor.tokenizer
+        tokenizer._tokenizer = with_words(tokenizer.backend_tokenizer, ANSWERS)  # which no public method replaces
+        torch.manual_seed(0)
+        if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(processor.tokenizer))
+        save_checkpoint(folder, model, processor, load_settings(source))
+    return str(folder)
+
+
+def recipe_values(arguments: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
     """The recipe of a row, up to the stage that it measures."""
     mixture = [one | ({} if row.instruction else {"instruction": ""}) for one in MIXTURE]
     shared: dict[str, Any] = {"name": row.id, "seed": seed, "mixture": mixture, "validation": None}
     values = {**shared, **row.values}
-    model = {"checkpoint": "nano", "text_max_tokens": 64, "attn_implementation": "eager"}
+    model = {"checkpoint": arguments.start, "text_max_tokens": 64, "attn_implementation": "eager"}
     return {**values, "model": {**model, **values.get("model", {})}}
 
 
-def recipe_of(row: Row, seed: int) -> Recipe:
-    return parse(Recipe, recipe_values(row, seed), where=row.id)
+def recipe_of(arguments: argparse.Namespace, row: Row, seed: int) -> Recipe:
+    return parse(Recipe, recipe_values(arguments, row, seed), where=row.id)
 
 
 def score(folder: Path, recipe: Recipe, row: Row, data: Path) -> dict[str, Scores]:
