@@ -315,7 +315,7 @@ def started(arguments: argparse.Namespace) -> str:
         tokenizer._tokenizer = with_words(tokenizer.backend_tokenizer, ANSWERS)  # which no public method replaces
         torch.manual_seed(0)
         if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(processor.tokenizer))
+            model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
         save_checkpoint(folder, model, processor, load_settings(source))
     return str(folder)
 
