@@ -100,7 +100,7 @@ class RerankerSettings(_Settings):
         >>> [settings.weight_of("t2i", "mscoco"), settings.weight_of("t2i"), settings.weight_of("i2t", "mscoco")]
         [0.1, 0.3, 0.5]
         """
-        for name in (f"{dataset}/{task}", task):
+        for name in (f"{dataset}/{task}", str(task)):
             if name in self.fusion_weights:
                 return self.fusion_weights[name]
         return self.fusion_weight
