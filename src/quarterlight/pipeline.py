@@ -667,7 +667,8 @@ class _Pipeline:
         known = {one.did for one in task.candidates}
         if all(did in known for did in dids):
             return task
-        return with_foreign(task, self._distinct_tasks(stage), dids)
+        stages = [stage, *(one for one in ("mine", "retrieve", "teach") if one in self.recipe.stages)]
+        return with_foreign(task, [one for name in stages for one in self._distinct_tasks(name)], dids)
 
     def _with_found(self, stage: str, task: RetrievalTask) -> RetrievalTask:
         """The task with mined or judged negatives, if the stage has any."""
