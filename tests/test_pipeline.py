@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from quarterlight import pipeline
 from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.models.checkpoint import load_temperature
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.pair import load_pair, same_eyes
 from quarterlight.models.reranker import Reranker, has_reranker
 from quarterlight.pipeline import _Pipeline, run
-from quarterlight.recipe import STAGES, Recipe, parse
+from quarterlight.recipe import Recipe, parse
 from quarterlight.training.optimizer import last_checkpoint
 
 DATA = Path(__file__).parent / "fixtures" / "retrieval"
@@ -73,6 +74,12 @@ def values() -> dict[str, Any]:
             "loss": {"max_tokens": 128, "max_tiles": 1, "eval_every": 2},
             "data": [{"dataset": "emoji", "task": "i2t"}, {"dataset": "easy_vqa", "task": "it2t"}],
         },
+        "text_pairs": {**contrast, "loss": {**contrast["loss"], "learn_temperature": True}},
+        "caption_pairs": {
+            "optimizer": STEPS,
+            "loss": {"batch_size": 4, "eval_every": 0, "backward_weight": 1.0, "inherit_temperature": True},
+            "lora": {"rank": 2, "alpha": 4},
+        },
         "warmup": {**contrast, "teacher_weight": 1.0},
         "mine": {"depth": 20, "window": [2, 10], "sample": 3},
         "hard_negatives": {**contrast, "loss": negatives},
@@ -86,11 +93,20 @@ def values() -> dict[str, Any]:
             "fill_from_mined": True,
             "fusion_weight": 0.5,
         },
+        "teach": {"depth": 6, "share": 0.5, "pool": "mixed"},
+        "distill": {
+            "optimizer": STEPS,
+            "loss": {"batch_size": 3, "eval_every": 2, "learn_temperature": True, "chunk_tokens": 600},
+            "lora": {"rank": 2, "alpha": 4},
+        },
     }
 
 
 def recipe(**changes: object) -> Recipe:
     return parse(Recipe, values() | changes, where="test")
+
+
+STAGES = recipe().stages
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +118,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same_weights(one: Path, other: Path) -> bool:
     pairs = (
-        [load_file(folder / "rerank" / file) for folder in (one, other)]
-        for file in ("model.safetensors", "reranker/weights.safetensors")
+        [load_file(folder / file) for folder in (one, other)]
+        for file in ("rerank/model.safetensors", "rerank/reranker/weights.safetensors", "distill/model.safetensors")
     )
     return all((expected[name] == got[name]).all() for expected, got in pairs for name in expected)
 
@@ -129,11 +145,45 @@ def test_the_reranker_is_in_the_folder_of_the_embedder(finished: Path) -> None:
     assert f"{counts['trained']} are trained on" in page
 
 
+def test_the_temperature_goes_from_stage_to_stage(finished: Path) -> None:
+    """Learnt in text_pairs, kept in caption_pairs, whose adapter is merged, and begun anew in warmup."""
+    found = {name: load_temperature(finished / name) for name in ("text_pairs", "caption_pairs", "warmup", "distill")}
+    assert found["text_pairs"] == found["caption_pairs"] != found["warmup"] == 0.03
+    assert found["distill"] not in (None, 0.03)
+
+
+def test_the_lists_of_a_teacher_are_learnt_from(finished: Path, tmp_path: Path) -> None:
+    """Half from each pool, with a positive; the control trains on the same queries and the same candidates."""
+    pipeline_of = _Pipeline(recipe(), DATA, finished)
+    mixture, lists = pipeline_of._taught()
+    for task, found in zip(mixture.tasks, lists, strict=True):
+        drawn = [query for query in task.queries if query.qid in found]
+        assert len(drawn) >= len(task.queries) // 2 - 1 and all(len(one.dids) == 6 for one in found.values())
+        assert all(set(found[query.qid].dids) & set(query.positives) for query in drawn)
+        assert any(did.count("/") == 2 for one in found.values() for did in one.dids)
+        assert {did for one in found.values() for did in one.dids} <= {one.did for one in task.candidates}
+    control = {
+        "optimizer": STEPS,
+        "loss": {"batch_size": 3, "num_negatives": 5, "in_batch": False, "inherit_temperature": True, "eval_every": 0},
+        "lora": {"rank": 2, "alpha": 4},
+    }
+    other = recipe(distill=None, continue_hard=control)
+    for task, found in zip(_Pipeline(other, DATA, finished).mixture("continue_hard").tasks, lists, strict=True):
+        assert {query.qid for query in task.queries} == found.keys()
+        for query in task.queries:
+            assert set(query.negatives) == set(found[query.qid].dids) - set(query.positives)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    folder = run(other, DATA, tmp_path, first="continue_hard", report=lambda _: None)
+    assert Embedder(folder).encode_query("a").shape == (1, 32)
+    reads = json.loads((folder / "manifest.json").read_text())["reads"]
+    assert reads.keys() == {"finetune", "teach"}
+
+
 def test_a_reranker_that_sees_otherwise_is_alone(finished: Path, tmp_path: Path) -> None:
     """All weights of the embedder were trained after ``restore``, with which this reranker begins."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     other = values()["rerank"] | {"initial": "restore", "loss": {"batch_size": 4, "eval_queries": 0, "eval_every": 0}}
-    folder = run(recipe(rerank=other), DATA, tmp_path, first="rerank", report=lambda _: None)
+    folder = run(recipe(rerank=other), DATA, tmp_path, first="rerank", last="rerank", report=lambda _: None)
     assert json.loads((folder / "manifest.json").read_text())["reads"].keys() == {
         *("restore", "mine", "judge", "finetune")
     }
@@ -167,11 +217,14 @@ def test_every_stage_leaves_what_it_was_made_from(finished: Path) -> None:
         assert (finished / stage / "recipe.yaml").is_file()
     reads = {stage: set(json.loads((finished / stage / "manifest.json").read_text())["reads"]) for stage in STAGES}
     assert reads["restore"] == {"tower"}
-    assert reads["warmup"] == {"restore", "teacher"}
+    assert reads["text_pairs"] == {"restore"} and reads["caption_pairs"] == {"text_pairs"}
+    assert reads["warmup"] == {"caption_pairs", "teacher"}
     assert reads["hard_negatives"] == {"warmup", "mine"}
     assert reads["judge"] == {"retrieve"}
     assert reads["finetune"] == {"hard_negatives", "judge", "mine"}
     assert reads["rerank"] == {"finetune", "judge", "mine"}
+    assert reads["teach"] == {"finetune", "rerank"}
+    assert reads["distill"] == {"finetune", "teach"}
     assert "finetune" in (finished / "report.md").read_text()
     assert not list(finished.glob("*.running"))
 
@@ -243,13 +296,13 @@ def test_a_stage_is_due_again_when_what_it_depends_on_changes(finished: Path, tm
 
 
 def test_stages_can_be_run_one_by_one(finished: Path, tmp_path: Path) -> None:
-    for stage in ("start", "teacher", "tower", "restore", "warmup"):
+    for stage in STAGES[: STAGES.index("mine")]:
         shutil.copytree(finished / stage, tmp_path / stage)
     said: list[str] = []
     other = recipe(mine={"depth": 5, "window": [1, 5], "sample": None}, validation=None)
     folder = run(other, DATA, tmp_path, first="mine", last="hard_negatives", report=said.append)
     assert folder == tmp_path / "hard_negatives"
-    assert said[4:6] == ["warmup: taken as it is", "mine: running"]
+    assert said[6:8] == ["warmup: taken as it is", "mine: running"]
     assert not (tmp_path / "retrieve").exists()
     said.clear()
     run(recipe(seed=3), DATA, tmp_path, first="retrieve", last="retrieve", report=said.append)
@@ -315,7 +368,8 @@ def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
     tied = values()["model"]
     headless = tied | {"text": tied["text"] | {"tie_word_embeddings": False}}
     untied = tmp_path / "untied"
-    run(recipe(model=headless, rerank=None), DATA, untied, last="start", report=lambda _: None)
+    none = {"rerank": None, "teach": None, "distill": None}
+    run(recipe(model=headless, **none), DATA, untied, last="start", report=lambda _: None)
     given = {key: one for key, one in values().items() if key in ("name", "mixture", "warmup", "rerank")}
     given |= {"model": {"checkpoint": str(untied / "start")}}
     given["warmup"].pop("teacher_weight")

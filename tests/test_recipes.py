@@ -17,6 +17,7 @@ import pytest
 from quarterlight.data.registry import datasets, find
 from quarterlight.errors import QuarterlightError, RecipeError
 from quarterlight.mining.judge import judgment_instruction
+from quarterlight.plan import StagePlan, plan
 from quarterlight.prompts import QUERY_INSTRUCTIONS
 from quarterlight.recipe import Recipe, TaskRecipe, load_recipe
 
@@ -247,3 +248,66 @@ def test_a_registry_name_must_be_known() -> None:
         load_recipe(RECIPES / "magic_mm_2b.yaml", ["mixture.0.registry=MegaPair"])
     with pytest.raises(RecipeError, match=r"max_tiles must be at least 1, got 0"):
         load_recipe(RECIPES / "magic_mm_2b.yaml", ["mixture.0.max_tiles=0"])
+
+
+@cache
+def planned_stages(name: str) -> list[StagePlan]:
+    """With a small model in place of the recipe's: batches and steps are of any."""
+    return plan(load_recipe(RECIPES / f"{name}.yaml", ["model.checkpoint=nano"]), None, None, "H100")
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "batch", "rate", "steps"),
+    [
+        ("u_marvel_7b", "text_pairs", 576, 2e-4, 955),
+        ("u_marvel_7b", "caption_pairs", 3840, 1e-4, 155),
+        ("u_marvel_7b", "warmup", 3840, 4e-4, 347),
+        ("u_marvel_7b", "hard_negatives", 1088, 1.5e-5, 1225),
+        ("u_marvel_7b", "distill", 128, 1e-5, 1042),
+        ("u_marvel_7b_continue_hard", "continue_hard", 128, 1e-5, 1042),
+        ("u_marvel_qwen3vl_4b", "text_pairs", 1728, 2e-4, 319),
+        ("u_marvel_qwen3vl_4b", "warmup", 5120, 4e-4, 260),
+        ("u_marvel_qwen3vl_4b", "hard_negatives", 1280, 1.5e-5, 1041),
+        ("u_marvel_qwen3vl_4b", "distill", 192, 1e-5, 695),
+    ],
+)
+def test_the_plan_of_u_marvel(name: str, stage: str, batch: int, rate: float, steps: int) -> None:
+    (planned,) = (one for one in planned_stages(name) if one.stage == stage)
+    assert (planned.batch, planned.steps) == (batch, steps)
+    assert planned.hours is not None and planned.hours > 0
+    assert recipe(name).trained[stage].optimizer.learning_rate == rate
+
+
+def test_u_marvel() -> None:
+    values = recipe("u_marvel_7b")
+    assert values.stages == [
+        *("text_pairs", "caption_pairs", "warmup", "mine", "hard_negatives", "retrieve", "rerank", "teach", "distill")
+    ]
+    assert sum(one.samples or 0 for one in values.mixture) == 1_332_790
+    assert all(one.weight == pytest.approx((one.samples or 0) / 1000) for one in values.mixture)
+    assert (values.model.pooling, values.model.attention) == ("mean", "bidirectional")
+    assert [one.lora and one.lora.rank for one in values.contrast.values()] == [64, 128, 128, 128]
+    assert [one.loss.learn_temperature for one in values.contrast.values()] == [False, False, True, True]
+    assert [one.loss.backward_weight for one in values.contrast.values()] == [0, 1, 0, 0]
+    assert {one.loss.temperature for one in values.contrast.values()} == {0.05}
+    assert values.mine is not None
+    assert (values.mine.depth, values.mine.window, values.mine.sample) == (100, None, 5)
+    assert (values.mine.max_score, values.mine.pool) == (0.7, "global")
+    assert values.first_model("rerank") is None and values.first_model("distill") == "hard_negatives"
+    assert values.teach is not None and (values.teach.depth, values.teach.share) == (50, 0.1)
+    assert values.distill is not None and values.distill.loss.recall_weight == 0.5
+    control = recipe("u_marvel_7b_continue_hard")
+    assert control.stages[-1] == "continue_hard" and control.teach == values.teach
+    four = recipe("u_marvel_qwen3vl_4b")
+    assert four.text_pairs is not None and four.text_pairs.loss.symmetric
+
+
+def test_the_best_of_nano_is_complete() -> None:
+    """From random weights to a taught embedder; what nano.yaml says of its data and stages holds for it too."""
+    values, plain = recipe("nano_best"), recipe("nano")
+    assert values.stages == [*plain.stages, "teach", "distill"] and values.embedders[-1] == "distill"
+    assert values.mixture == plain.mixture and values.model == plain.model
+    assert values.model.visual_token_compression == 2 and values.judge == plain.judge is not None
+    assert all(one.loss.learn_temperature for one in values.contrast.values())
+    assert [one.loss.inherit_temperature for one in values.contrast.values()] == [False, True, True]
+    assert values.distill is not None and values.distill.loss.learn_temperature and values.distill.freeze_eyes

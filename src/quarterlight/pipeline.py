@@ -8,11 +8,11 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,16 +23,21 @@ from transformers import InternVLVisionConfig, Qwen2Config
 
 from quarterlight.data.contrastive import TaskMixture
 from quarterlight.data.conversations import Conversations, from_task, load_conversations
+from quarterlight.data.distill import ScoredList
+from quarterlight.data.pools import with_foreign
 from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions, with_negatives
 from quarterlight.errors import DatasetError, RecipeError, did_you_mean
 from quarterlight.manifest import environment
 from quarterlight.mining.judge import judge, read_judged
 from quarterlight.mining.negatives import MineRecipe, mine, read_mined
+from quarterlight.mining.teaching import read_taught, teach
+from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import (
     load_backbone,
     load_config,
     load_processor,
     load_settings,
+    load_temperature,
     read_description,
     resolve_checkpoint,
     save_checkpoint,
@@ -47,14 +52,17 @@ from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
 from quarterlight.models.pair import same_eyes, save_pair
 from quarterlight.models.processor import VTCProcessor
+from quarterlight.models.reranker import Reranker, reranker_folder
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
-from quarterlight.models.tokenizer import train_tokenizer
+from quarterlight.models.tokenizer import train_tokenizer, with_markers
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
-from quarterlight.recipe import NO_HEAD, Recipe, SourceRecipe, TaskRecipe
+from quarterlight.recipe import NO_HEAD, ContrastStage, DistillStage, Recipe, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
-from quarterlight.training.contrast import PromptEmbedder, train_contrastive
+from quarterlight.training.contrast import EmbedRecipe, PromptEmbedder, train_contrastive
+from quarterlight.training.distill import train_distill
 from quarterlight.training.distributed import processes
+from quarterlight.training.eyes import FrozenEyes, VisualTokens
 from quarterlight.training.lora import add_lora, merge_lora
 from quarterlight.training.report import write_report
 from quarterlight.training.rerank import train_rerank
@@ -76,6 +84,7 @@ _WITHOUT_EFFECT = {
     },
     "mine": {"max_unreadable"},
     "retrieve": {"max_unreadable"},
+    "teach": {"max_unreadable"},
     "judge": {"url", "concurrency", "timeout_s", "retries", "tokens_per_batch", "max_failed"},
 }
 """Stage, or section of any stage -> settings that change how it is run, but, beyond rounding, not what comes of it."""
@@ -152,6 +161,12 @@ def _silent(_: str) -> None:
     """What processes other than the first report."""
 
 
+SAID = ("pooling", "attention", "prompt_style", "positions", "max_pixels")
+"""Keys of ``model`` that replace the checkpoint's settings of the same names where they are given."""
+
+_Loss = TypeVar("_Loss", bound=EmbedRecipe)
+
+
 class _Pipeline:
     """The stages as methods of their names; each leaves its folder under its final name only when it is whole.
 
@@ -203,14 +218,16 @@ class _Pipeline:
             "teacher": ["start"],
             "tower": ["start", "teacher"],
             "judge": ["retrieve"],
-            "rerank": [*self.recipe.contrast][-1:],  # the embedder that it may share eyes with
+            "teach": ["rerank"] if self.recipe.teach and self.recipe.teach.reranker is None else [],
+            "distill": ["teach"],
         }.get(stage, [])
+        if stage == "rerank" and self.recipe.paired is not None:
+            wanted = [self.recipe.paired]  # the embedder that it may share eyes with
         wanted = [*wanted, *self._found_by(stage)]
         contrast = self.recipe.contrast.get(stage)
         if contrast is not None and contrast.teacher_weight:
             wanted = [*wanted, "teacher"]
-        trained = self.recipe.trained.get(stage)
-        if trained is not None and trained.fill_from_mined:
+        if getattr(self.recipe.trained.get(stage), "fill_from_mined", False):
             wanted = [*wanted, "mine"]
         first = self.recipe.first_model(stage)
         if first is not None and stage not in ("teacher", "tower", "judge"):
@@ -223,6 +240,7 @@ class _Pipeline:
             "hard_negatives": ("mine",),
             "finetune": ("judge", "retrieve"),
             "rerank": ("judge", "retrieve", "mine"),
+            "continue_hard": ("teach",),
         }
         return [one for one in known.get(stage, ()) if one in self.recipe.stages][:1]
 
@@ -239,7 +257,14 @@ class _Pipeline:
             found |= {f"truth: {one.label}": self._task_hash(truth, one.dataset, one.task) for one in tasks}
         if self.recipe.model.checkpoint is not None and self.recipe.first_model(stage) is None:
             found[self.recipe.model.checkpoint] = self._checkpoint_hash
+        if stage == "teach" and self.recipe.teach and self.recipe.teach.reranker:
+            found[self.recipe.teach.reranker] = self._teacher_hash
         return found
+
+    @cached_property
+    def _teacher_hash(self) -> str:
+        assert self.recipe.teach is not None and self.recipe.teach.reranker is not None
+        return weights_hash(saved_tensors(reranker_folder(self.recipe.teach.reranker)))
 
     @cached_property
     def _checkpoint_hash(self) -> str:
@@ -350,6 +375,8 @@ class _Pipeline:
             image_seq_length=config.image_seq_length,
         )
         model = InternVLVTCModel(config)
+        if self._settings("start").marked:
+            with_markers(model, tokenizer, seed=self.recipe.seed)
         if recipe.position_columns:
             structure_attention(model.vision_tower, position_columns=recipe.position_columns)
         self._save(draft, model, processor)
@@ -412,34 +439,103 @@ class _Pipeline:
     def _contrast(self, work: Path, draft: Path, name: str) -> None:
         """The embedder of a contrastive stage."""
         stage = self.recipe.contrast[name]
-        # weights that do not change need no more precision than they are used with
-        frozen = stage.lora is not None and stage.optimizer.autocasts
-        model, processor = self._backbone(name, dtype=torch.bfloat16 if frozen else torch.float32)
-        if stage.lora is not None:
-            add_lora(model, stage.lora, seed=self.recipe.seed)
-        pictures = self._pictures(processor, self._settings(name).max_pixels)
-        teacher, teacher_encoder = None, None
+        teacher = None
         if stage.teacher_weight:
             assert self.recipe.teacher is not None
-            teacher, teacher_encoder = self._teacher(), TeacherEncoder(pictures, self.recipe.teacher.network)
-        formatter = InputFormatter(processor, self._settings(name))
-        train_contrastive(
-            PromptEmbedder(model, shared_prefix=not stage.optimizer.gradient_checkpointing),
-            encode=PromptEncoder(formatter, pictures, teacher_encoder),
+            teacher = self._teacher()
+        model, processor, embedder, encode = self._embedding(name, stage, guided=teacher is not None)
+        trainer = train_contrastive(
+            embedder,
+            encode=encode,
             mixture=self.mixture(name),
             validation=self._validation(name) if stage.loss.eval_every else [],
-            recipe=stage.loss,
+            recipe=self._loss(name, stage.loss),
             optimizer=stage.optimizer,
             folder=work,
             seed=self.recipe.seed,
             teacher=teacher,
             teacher_weight=stage.teacher_weight,
         )
+        self._save_embedder(name, stage, draft, model, processor, trainer.temperature)
+
+    def distill(self, work: Path, draft: Path) -> None:
+        """The embedder, taught by the reranker."""
+        stage = self.recipe.distill
+        assert stage is not None
+        model, processor, embedder, encode = self._embedding("distill", stage)
+        mixture, lists = self._taught()
+        trainer = train_distill(
+            embedder,
+            encode=encode,
+            mixture=mixture,
+            lists=lists,
+            validation=self._validation("distill") if stage.loss.eval_every else [],
+            recipe=self._loss("distill", stage.loss),
+            optimizer=stage.optimizer,
+            folder=work,
+            seed=self.recipe.seed,
+        )
+        self._save_embedder("distill", stage, draft, model, processor, trainer.temperature)
+
+    def _embedding(
+        self, name: str, stage: ContrastStage | DistillStage, *, guided: bool = False
+    ) -> tuple[Any, VTCProcessor, PromptEmbedder, PromptEncoder]:
+        """Backbone and processor of a stage that trains an embedder, the same as a model to train, and its inputs.
+
+        guided: inputs for the convolutional teacher are made too.
+        """
+        # weights that do not change need no more precision than they are used with
+        frozen = stage.lora is not None and stage.optimizer.autocasts
+        model, processor = self._backbone(name, dtype=torch.bfloat16 if frozen else torch.float32)
+        if stage.lora is not None:
+            add_lora(model, stage.lora, seed=self.recipe.seed)
+        elif stage.freeze_eyes:
+            for part in backbone_of(model.config).parts(model):
+                part.requires_grad_(False)
+        max_pixels = self._settings(name).max_pixels
+        pictures = self._pictures(processor, max_pixels)
+        teacher_encoder = None
+        if guided:
+            assert self.recipe.teacher is not None
+            teacher_encoder = TeacherEncoder(pictures, self.recipe.teacher.network)
+        eyes = None
+        if (stage.lora is not None or stage.freeze_eyes) and self.recipe.augment is None and not guided:
+            # what the tower sees is kept, so the tiles need not be
+            pictures = Pictures(processor.image_processor, max_pixels=max_pixels, max_bytes=0)
+            eyes = FrozenEyes(model, processor.image_processor, VisualTokens(stage.loss.visual_tokens_bytes))
+        settings = self._settings(name)
+        embedder = PromptEmbedder(
+            model,
+            shared_prefix=not stage.optimizer.gradient_checkpointing,
+            pooling=settings.pooling,
+            attention=settings.attention,
+            eyes=eyes,
+        )
+        known = None if eyes is None else eyes.known
+        encode = PromptEncoder(InputFormatter(processor, settings), pictures, teacher_encoder, known)
+        return model, processor, embedder, encode
+
+    def _loss(self, name: str, loss: _Loss) -> _Loss:
+        """What a stage says of its loss, with the temperature of the model that it begins with if it inherits that."""
+        if not loss.inherit_temperature or (before := load_temperature(self._before(name))) is None:
+            return loss
+        return replace(loss, temperature=min(loss.max_temperature, max(loss.min_temperature, before)))
+
+    def _save_embedder(
+        self,
+        name: str,
+        stage: ContrastStage | DistillStage,
+        draft: Path,
+        model: Any,
+        processor: VTCProcessor,
+        temperature: float,
+    ) -> None:
         keep = stage.lora is not None and stage.lora.keep
         if stage.lora is not None and not keep:
             merge_lora(model)
-        last = name == [*self.recipe.contrast][-1] and self.recipe.stages[-1] in (name, "rerank")
-        self._save(draft, model, processor, dtype=torch.bfloat16 if last else None, adapter=keep)
+        last = name == self.recipe.embedders[-1] and self.recipe.stages[-1] in (name, "rerank")
+        dtype = torch.bfloat16 if last else None
+        self._save(draft, model, processor, dtype=dtype, adapter=keep, temperature=temperature)
 
     def rerank(self, work: Path, draft: Path) -> None:
         """The reranker; inside the folder of the embedder, if both look through the same vision tower."""
@@ -495,9 +591,9 @@ class _Pipeline:
         (draft / "rows.json").write_text(json.dumps(asdict(trainer.sampler.counts), indent=2), encoding="utf-8")
 
     def _embedder(self) -> Path | None:
-        """The embedder that a reranker may share its vision tower with: the last of the run, or the checkpoint."""
-        for stage in [*self.recipe.contrast][-1:]:
-            return self.folder / stage
+        """The embedder that a reranker may share its vision tower with: the last before it, or the checkpoint."""
+        if self.recipe.paired is not None:
+            return self.folder / self.recipe.paired
         if self.recipe.model.checkpoint is None:
             return None
         folder = resolve_checkpoint(self.recipe.model.checkpoint)
@@ -522,6 +618,7 @@ class _Pipeline:
         assert self.recipe.judge is not None
         if self.state.is_main_process:  # the other processes have nothing to add to one server
             tasks = self._distinct_tasks("judge")
+            tasks = [self._with_foreign("judge", task, read_mined(self.folder / "retrieve", task)) for task in tasks]
             judge(
                 tasks,
                 self.folder / "retrieve",
@@ -531,22 +628,70 @@ class _Pipeline:
                 show_progress=True,
             )
 
+    def teach(self, work: Path, draft: Path) -> None:
+        """What the embedder finds, scored by the reranker."""
+        recipe = self.recipe.teach
+        assert recipe is not None
+        teach(
+            Embedder(self._before("teach")),
+            Reranker(recipe.reranker or self.folder / "rerank"),
+            self._distinct_tasks("teach"),
+            draft,
+            recipe,
+            seed=self.recipe.seed,
+            cache=work,
+            show_progress=True,
+        )
+
     def mixture(self, stage: str) -> TaskMixture:
         """The training tasks of a stage, with the negatives that the stages before found for it."""
-        entries = self.recipe.tasks(stage)
-        one = self.recipe.trained.get(stage)
-        shares = [one.weights.get(task.label, task.weight) if one else task.weight for task in entries]
-        tasks = [_where(self._with_found(stage, self._task(task, "train")), task) for task in entries]
-        return TaskMixture(tasks=tasks, weights=shares)
+        tasks = [self._with_found(stage, self._task(task, "train")) for task in self.recipe.tasks(stage)]
+        return self._mixture(stage, tasks)
+
+    def _mixture(self, stage: str, tasks: Sequence[RetrievalTask]) -> TaskMixture:
+        """The tasks of a stage's entries, with the queries and the weights that these ask for; one without queries of
+        those that a teacher drew has no part in it."""
+        one, entries = self.recipe.trained.get(stage), self.recipe.tasks(stage)
+        chosen = [_where(task, entry) for task, entry in zip(tasks, entries, strict=True)]
+        shares = [one.weights.get(entry.label, entry.weight) if one else entry.weight for entry in entries]
+        if stage == "continue_hard":
+            drawn = [replace(task, queries=[one for one in task.queries if one.negatives]) for task in chosen]
+            shares = [share for task, share in zip(drawn, shares, strict=True) if task.queries]
+            chosen = [task for task in drawn if task.queries]
+        return TaskMixture(tasks=chosen, weights=shares)
+
+    def _taught(self) -> tuple[TaskMixture, list[dict[str, ScoredList]]]:
+        """The tasks of ``distill``, and for each of them the lists that ``teach`` scored."""
+        tasks, lists = [], []
+        for entry in self.recipe.tasks("distill"):
+            task = self._task(entry, "train")
+            lists.append(read_taught(self.folder / "teach", task))
+            tasks.append(self._with_foreign("distill", task, {qid: one.dids for qid, one in lists[-1].items()}))
+        return self._mixture("distill", tasks), lists
+
+    def _with_foreign(self, stage: str, task: RetrievalTask, found: Mapping[str, Sequence[str]]) -> RetrievalTask:
+        """The task with the candidates of others that were found for its queries in a global pool."""
+        dids = [did for some in found.values() for did in some]
+        known = {one.did for one in task.candidates}
+        if all(did in known for did in dids):
+            return task
+        stages = [stage, *(one for one in ("mine", "retrieve", "teach") if one in self.recipe.stages)]
+        return with_foreign(task, [one for name in stages for one in self._distinct_tasks(name)], dids)
 
     def _with_found(self, stage: str, task: RetrievalTask) -> RetrievalTask:
         """The task with mined or judged negatives, if the stage has any."""
         one, found_by = self.recipe.trained.get(stage), self._found_by(stage)
-        if one is None or not one.num_negatives or not found_by:
+        if one is None or isinstance(one, DistillStage) or not one.num_negatives or not found_by:
             return task
         relevant: dict[str, list[str]] = {}
         if found_by == ["judge"]:
+            asked = read_mined(self.folder / "retrieve", task)
+            task = self._with_foreign(stage, task, asked)
             negatives, relevant = read_judged(self.folder / "judge", task)
+        elif found_by == ["teach"]:
+            right = {query.qid: {*query.positives, *query.also_relevant} for query in task.queries}
+            taught = read_taught(self.folder / "teach", task)
+            negatives = {qid: [did for did in one.dids if did not in right[qid]] for qid, one in taught.items()}
         else:
             negatives = read_mined(self.folder / found_by[0], task)
         if one.fill_from_mined:
@@ -556,6 +701,7 @@ class _Pipeline:
                 known = {*asked.get(qid, ()), *relevant.get(qid, ())}  # what nobody could decide is no negative either
                 more = [did for did in spare.get(qid, ()) if did not in known]
                 negatives[qid] = [*negatives.get(qid, ()), *more[: max(0, wanted - len(negatives.get(qid, ())))]]
+        task = self._with_foreign(stage, task, negatives)
         return with_negatives(task, negatives, also_relevant=relevant, keep_labelled=one.keep_labelled)
 
     def _validation(self, stage: str) -> list[RetrievalTask]:
@@ -578,7 +724,7 @@ class _Pipeline:
         return list(tasks.values())
 
     def _task(self, one: TaskRecipe, split: str) -> RetrievalTask:
-        key = (one.dataset, one.task, split, one.max_tiles, one.registry)
+        key = (one.dataset, one.task, split, one.max_tiles, one.registry, one.instruction)
         if key not in self._tasks:
             task = RetrievalDataset(self.data / one.dataset).load(one.task, split)
             query, document = one.instructions
@@ -602,7 +748,8 @@ class _Pipeline:
     def _settings(self, stage: str) -> EmbedderSettings:
         model = self.recipe.model
         before = EmbedderSettings() if stage == "start" else load_settings(self._before(stage))
-        return replace(before, text_max_tokens=model.text_max_tokens, system_prompt=model.system_prompt)
+        said = {name: value for name in SAID if (value := getattr(model, name)) is not None}
+        return replace(before, text_max_tokens=model.text_max_tokens, system_prompt=model.system_prompt, **said)
 
     def _processor(self, stage: str) -> VTCProcessor:
         return load_processor(self.folder / stage)
@@ -616,6 +763,8 @@ class _Pipeline:
             dtype=dtype,
             language_head=language_head,
         )
+        if self._settings(stage).marked:  # of all stages alike, so that they share a tokenizer
+            with_markers(model, processor.tokenizer, seed=self.recipe.seed)
         model.set_attn_implementation(self.recipe.model.attn_implementation)
         return model, processor
 

@@ -41,7 +41,7 @@ from quarterlight.models.flops import attention_flop, key_value_columns, text_fl
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.settings import MAX_PIXELS
 from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
-from quarterlight.recipe import ContrastStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
+from quarterlight.recipe import ContrastStage, DistillStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
 
@@ -227,6 +227,9 @@ class _Planner:
         """The plan of one stage."""
         if name in self.recipe.contrast:
             return self._contrast(name, self.recipe.contrast[name])
+        if name == "distill":
+            assert self.recipe.distill is not None
+            return self._contrast(name, self.recipe.distill)
         if name in ("mine", "retrieve"):
             return self._retrieve(name)
         stages = {
@@ -234,6 +237,7 @@ class _Planner:
             "tower": self._tower,
             "restore": self._restore,
             "judge": self._judge,
+            "teach": self._teach,
             "rerank": self._rerank,
         }
         if name in stages:
@@ -309,16 +313,21 @@ class _Planner:
             DENSE_UTILISATION,
         )
 
-    def _contrast(self, name: str, stage: ContrastStage) -> StagePlan:
+    def _contrast(self, name: str, stage: ContrastStage | DistillStage) -> StagePlan:
         tasks, loss, optimizer = self.sizes.tasks(name), stage.loss, stage.optimizer
         samples = sum(task.num_queries for task in tasks)
+        taught = self.recipe.teach if name in ("distill", "continue_hard") else None
+        if taught is not None:
+            samples = round(taught.share * samples)
+        # candidates of a query: the target and its negatives, or the list of a teacher
+        listed = self._depth if isinstance(stage, DistillStage) else 1 + stage.num_negatives
         batch = loss.batch_size * self.devices * optimizer.gradient_accumulation_steps
         steps = optimizer.steps(samples, batch)
         tokens = visual = flop = held_tokens = held_tiles = 0.0
         chunked = []
         for task in tasks:
             share = task.weight / sum(one.weight for one in tasks)
-            row = [task.query, *[task.candidate] * (1 + loss.num_negatives)]
+            row = [task.query, *[task.candidate] * listed]
             row_tokens = sum(side.tokens(self.tile_tokens) for side in row)
             row_tiles = sum(side.tiles for side in row)
             local = loss.batch_size * row_tokens
@@ -417,13 +426,47 @@ class _Planner:
         size = tiles * self.tile_tokens * self.backbone.width(self.config) * (2 if stage.optimizer.bf16 else 4)
         return tiles, min(1.0, stage.loss.visual_tokens_bytes / size) if size else 1.0
 
-    def _train_flop(self, side: _Side, stage: ContrastStage, again: bool) -> float:
+    @property
+    def _depth(self) -> int:
+        """Candidates of a list of the teacher."""
+        assert self.recipe.teach is not None
+        return self.recipe.teach.depth
+
+    def _teach(self) -> StagePlan:
+        recipe = self.recipe.teach
+        assert recipe is not None
+        found = self._retrieve("teach")
+        assert found.flop is not None and found.tokens is not None and found.visual_tokens is not None
+        pairs, tokens, visual, flop = 0.0, 0.0, 0.0, 0.0
+        for task in self.sizes.distinct("teach"):
+            count = recipe.share * task.num_queries * recipe.depth
+            pictures = (task.query.tiles + task.candidate.tiles) * self.tile_tokens
+            length = RERANK_TOKENS + task.query.text + task.candidate.text + pictures
+            pairs, tokens, visual = pairs + count, tokens + count * length, visual + count * pictures
+            flop += count * (text_flop(self.config, length) + vision_flop(self.config, task.candidate.tiles))
+        return self._with_hours(
+            replace(
+                found,
+                samples=round(pairs),
+                tokens=found.tokens + round(tokens),
+                visual_tokens=found.visual_tokens + round(visual),
+                flop=found.flop + flop,
+                notes=(
+                    f"Pairs: {recipe.depth} candidates for each of {recipe.share:.0%} of the queries.",
+                    *found.notes,
+                ),
+            )
+        )
+
+    def _train_flop(self, side: _Side, stage: ContrastStage | DistillStage, again: bool) -> float:
         """Operations of forward and backward for one query or candidate: the sum at the top of this file."""
         tower = self._tower_flop(side.tiles)
-        looked = 1 + again if stage.lora else 3 + stage.optimizer.gradient_checkpointing + again
+        looked = 1 + again if stage.lora or stage.freeze_eyes else 3 + stage.optimizer.gradient_checkpointing + again
         return looked * tower + self._language_flop(side.tokens(self.tile_tokens), stage, again)
 
-    def _language_flop(self, tokens: float, stage: ContrastStage | RerankStage, again: bool = False) -> float:
+    def _language_flop(
+        self, tokens: float, stage: ContrastStage | DistillStage | RerankStage, again: bool = False
+    ) -> float:
         """The part of the language model in that sum, for a sequence of so many tokens."""
         text = text_flop(self.config, tokens)
         forward = 1 + stage.optimizer.gradient_checkpointing + again

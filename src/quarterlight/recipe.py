@@ -18,8 +18,10 @@ from quarterlight.data.registry import find
 from quarterlight.errors import InputError, RecipeError, did_you_mean
 from quarterlight.mining.judge import JudgeRecipe
 from quarterlight.mining.negatives import MineRecipe
+from quarterlight.mining.teaching import TeachRecipe
 from quarterlight.training.augment import AugmentRecipe
 from quarterlight.training.contrast import ContrastRecipe
+from quarterlight.training.distill import DistillRecipe
 from quarterlight.training.lora import LoraRecipe
 from quarterlight.training.optimizer import OptimizerRecipe
 from quarterlight.training.rerank import RerankRecipe
@@ -32,6 +34,8 @@ STAGES = (
     "teacher",
     "tower",
     "restore",
+    "text_pairs",
+    "caption_pairs",
     "warmup",
     "mine",
     "hard_negatives",
@@ -39,13 +43,22 @@ STAGES = (
     "judge",
     "finetune",
     "rerank",
+    "teach",
+    "distill",
+    "continue_hard",
 )
 """The stages in the order in which they run.
 
 ``start`` makes a model of random weights, ``teacher`` and ``tower`` stand in for its pretraining.  In the paper,
 ``restore`` is stage 1, ``warmup`` to ``hard_negatives`` are stage 2, ``retrieve`` to ``finetune`` are stage 3;
 ``rerank`` trains a second model, which looks through the vision tower of the embedder where it can.
+
+U-MARVEL's progressive transition is ``text_pairs``, ``caption_pairs`` and ``warmup``; its reranker teaches the embedder
+in ``teach`` and ``distill``, of which ``continue_hard`` is the control: more hard negatives in place of a teacher.
 """
+
+WITHOUT_MODEL = ("teacher", "mine", "retrieve", "judge", "rerank", "teach")
+"""Stages that leave no model with which another stage begins."""
 
 
 NO_HEAD = (
@@ -72,6 +85,8 @@ class TaskRecipe:
     """name of the published dataset in ``quarterlight.data.registry``"""
     samples: int | None = None
     """how many queries it has, for planning before the data is there"""
+    instruction: str | None = None
+    """of its queries, in place of the usual one of the direction; an empty one is none"""
 
     def __post_init__(self) -> None:
         _check_entry(self.registry, self.weight)
@@ -84,9 +99,14 @@ class TaskRecipe:
         return f"{self.dataset}/{self.task}"
 
     @property
-    def instructions(self) -> tuple[str | None, str | None]:
-        """(query, candidate) as in the paper's Tables 11 and 12 for the published dataset; ``None`` for the usual."""
+    def instructions(self) -> tuple[str | tuple[str, ...] | None, str | None]:
+        """(query, candidate) as in the paper's Tables 11 and 12 for the published dataset, or all that M-BEIR has for a
+        query of its own; ``None`` for the usual."""
+        if self.instruction is not None:
+            return self.instruction, None
         for entry in find(self.registry) if self.registry else ():
+            if entry.task == self.task and len(entry.query_instructions) > 1:
+                return entry.query_instructions, None
             if entry.task == self.task and entry.instructions is not None:
                 return entry.instructions
         return None, None
@@ -159,6 +179,16 @@ class ModelRecipe:
     """columns of a new tower that start as positions, for structured attention; 0 starts it at random"""
     system_prompt: str = ""
     """a system turn before the user's, saved with the checkpoint"""
+    pooling: Literal["last_token", "mean"] | None = None
+    """which hidden states become the embedding; without it, as in the checkpoint (a new model: last_token)"""
+    attention: Literal["causal", "bidirectional"] | None = None
+    """what a token sees; without it, as in the checkpoint (a new model: causal)"""
+    prompt_style: Literal["magic", "u_marvel"] | None = None
+    """whose template; without it, as in the checkpoint (a new model: magic)"""
+    positions: Literal["mrope", "sequential"] | None = None
+    """for Qwen-VL: where visual tokens stand; without it, as in the checkpoint (a new one: mrope)"""
+    max_pixels: int | None = None
+    """for Qwen-VL: the most pixels of a picture; without it, as in the checkpoint (a new one: 300 visual tokens)"""
 
     def __post_init__(self) -> None:
         new = {"vision": self.vision, "text": self.text, "vocab_size": self.vocab_size}
@@ -210,6 +240,8 @@ class ContrastStage:
     loss: ContrastRecipe = ContrastRecipe()
     lora: LoraRecipe | None = None
     """trains adapters of the language model; without it, all weights are trained"""
+    freeze_eyes: bool = False
+    """leaves vision tower and connector as they are, as adapters do"""
     keep_labelled: bool = False
     """mined negatives come beside the labelled ones of the dataset, rather than in their place"""
     fill_from_mined: bool = False
@@ -225,6 +257,22 @@ class ContrastStage:
     def num_negatives(self) -> int:
         """Hard negatives of a query, at most."""
         return self.loss.num_negatives
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage:
+    """The embedder learns to rank the lists of ``teach`` as the reranker and itself do together (U-MARVEL, stage 3)."""
+
+    optimizer: OptimizerRecipe
+    loss: DistillRecipe = DistillRecipe()
+    lora: LoraRecipe | None = None
+    """trains adapters of the language model; without it, all weights are trained"""
+    freeze_eyes: bool = False
+    """leaves vision tower and connector as they are, as adapters do"""
+    mixture: Sequence[TaskRecipe] | None = None
+    """of this stage, in place of that of finetune"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """dataset/task -> weight in this stage, in place of that in the mixture"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +327,10 @@ class Recipe:
     teacher: TeacherStage | None = None
     tower: TowerStage | None = None
     restore: RestoreStage | None = None
+    text_pairs: ContrastStage | None = None
+    """pairs of texts first, with a mixture of their own (U-MARVEL: NLI)"""
+    caption_pairs: ContrastStage | None = None
+    """then pictures and what is said of them, likewise (U-MARVEL: CC3M)"""
     warmup: ContrastStage | None = None
     """a checkpoint that is an embedder already can do without"""
     mine: MineRecipe | None = None
@@ -289,6 +341,12 @@ class Recipe:
     """with the negatives of ``judge``; without that stage, all that ``retrieve`` found (rule-based ones, Table 8)"""
     rerank: RerankStage | None = None
     """with the same; without ``retrieve``, those of ``mine``, and without both, those that the datasets label"""
+    teach: TeachRecipe | None = None
+    """scores, by the reranker, what the last of the embedders above finds"""
+    distill: DistillStage | None = None
+    """the last embedder, taught"""
+    continue_hard: ContrastStage | None = None
+    """in its place: the same queries with the same candidates as hard negatives"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -304,9 +362,16 @@ class Recipe:
         for needed, by in {"mine": "hard_negatives", "retrieve": "judge"}.items():
             if getattr(self, by) is not None and getattr(self, needed) is None:
                 raise RecipeError(f"The recipe has no stage {needed}, which its stage {by} asks for.")
+        for by in ("distill", "continue_hard"):
+            if getattr(self, by) is not None and self.teach is None:
+                raise RecipeError(f"The recipe has no stage teach, which its stage {by} asks for.")
+        if self.distill is not None and self.continue_hard is not None:
+            raise RecipeError("distill and continue_hard begin with the same model: a recipe has one of them.")
+        if self.teach is not None and self.teach.reranker is None and self.rerank is None:
+            raise RecipeError("teach needs a reranker: add the stage rerank, or name one as teach.reranker.")
         for stage, one in self.trained.items():
             judged = stage in ("finetune", "rerank") and self.mine is not None and self.retrieve is not None
-            if one.fill_from_mined and not judged:
+            if not isinstance(one, DistillStage) and one.fill_from_mined and not judged:
                 raise RecipeError(
                     f"{stage}.fill_from_mined is for finetune and rerank, in a recipe with mine and retrieve."
                 )
@@ -341,29 +406,43 @@ class Recipe:
     @property
     def contrast(self) -> dict[str, ContrastStage]:
         """The contrastive stages that the recipe has, by name, in order."""
-        stages = {name: getattr(self, name) for name in ("warmup", "hard_negatives", "finetune")}
-        return {name: stage for name, stage in stages.items() if stage is not None}
+        names = [name for name in STAGES if isinstance(getattr(self, name, None), ContrastStage)]
+        return {name: getattr(self, name) for name in names}
 
     @property
-    def trained(self) -> dict[str, ContrastStage | RerankStage]:
-        """The stages that train on hard negatives, by name, in order."""
-        return {**self.contrast, **({"rerank": self.rerank} if self.rerank is not None else {})}
+    def embedders(self) -> list[str]:
+        """The stages that leave an embedder, in order: the contrastive ones, and ``distill``."""
+        return [name for name in self.stages if name in self.contrast or name == "distill"]
+
+    @property
+    def paired(self) -> str | None:
+        """The stage that leaves the embedder that ``rerank`` may share its vision tower with."""
+        before = self.stages[: self.stages.index("rerank")]
+        return next((name for name in reversed(self.embedders) if name in before), None)
+
+    @property
+    def trained(self) -> dict[str, ContrastStage | RerankStage | DistillStage]:
+        """The stages that train on queries and candidates, by name, in order."""
+        kinds = (ContrastStage, RerankStage, DistillStage)
+        return {name: getattr(self, name) for name in STAGES if isinstance(getattr(self, name, None), kinds)}
 
     def tasks(self, stage: str) -> Sequence[TaskRecipe]:
-        """The mixture of a stage: its own, or that of the recipe; of ``rerank``, that of ``finetune``.
+        """The mixture of a stage: its own, or that of the recipe; of ``rerank`` and later, that of ``finetune``.
 
-        Mining and judging look at the tasks of the contrastive stage that uses them.
+        Mining, judging and teaching look at the tasks of the stage that uses them.
         """
-        user = {"mine": "hard_negatives", "retrieve": "finetune", "judge": "finetune"}.get(stage, stage)
+        taught = "distill" if self.distill is not None else "continue_hard"
+        users = {"mine": "hard_negatives", "retrieve": "finetune", "judge": "finetune", "teach": taught}
+        user = users.get(stage, stage)
         one = self.trained.get(user)
         if one is not None and one.mixture is not None:
             return one.mixture
-        return self.tasks("finetune") if stage == "rerank" else self.mixture
+        return self.tasks("finetune") if user in ("rerank", "distill", "continue_hard") else self.mixture
 
     def first_model(self, stage: str) -> str | None:
         """The stage that leaves the model that a stage begins with; ``None`` for the checkpoint."""
         earlier = self.stages[: self.stages.index(stage)]
-        models = [one for one in earlier if one not in ("teacher", "mine", "retrieve", "judge")]
+        models = [one for one in earlier if one not in WITHOUT_MODEL]
         if stage == "rerank" and self.rerank is not None and self.rerank.initial == "restore":
             models = [one for one in models if one == "restore"]
         return models[-1] if models else None
@@ -415,10 +494,12 @@ def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number (1e-3 is one), and no key given twice."""
+    """YAML 1.2's idea of a number (1e-3 is one), and no key given twice but to replace one of a mapping merged in
+    (``<<: *anchor``)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=deep) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key!r} is given twice{node.start_mark}")
@@ -476,7 +557,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter where one of them is a Literal
         if value is None and type(None) in arguments:
             return None
         return _convert(next(one for one in arguments if one is not type(None)), value, where)

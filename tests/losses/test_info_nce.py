@@ -59,6 +59,28 @@ def test_symmetric_averages_both_directions() -> None:
     assert both.item() == pytest.approx((forth.item() + back.item()) / 2, abs=1e-6)
 
 
+def test_both_directions_add_up() -> None:
+    query, candidate = unit([1.0, 0.2], [0.3, 1.0]), unit([0.9, 0.1], [0.5, 0.5], [0.1, 0.9])
+    forth = info_nce(query, candidate, temperature=0.2).item()
+    back = info_nce(candidate[:2], query, temperature=0.2).item()
+    for weight in (1.0, 0.25):
+        both = info_nce(query, candidate, temperature=0.2, backward_weight=weight)
+        assert both.item() == pytest.approx(forth + weight * back, abs=1e-6)
+    half = info_nce(query, candidate, temperature=0.2, symmetric=True)
+    whole = info_nce(query, candidate, temperature=0.2, backward_weight=1.0)
+    assert whole.item() == pytest.approx(2 * half.item(), abs=1e-6)
+
+
+def test_a_temperature_that_is_a_tensor_gets_its_gradient() -> None:
+    # loss = log(1 + e^(-1/t)): its slope is e^(-1/t) / (1 + e^(-1/t)) / t^2
+    temperature = torch.tensor(0.5, requires_grad=True)
+    loss = info_nce(torch.eye(2), torch.eye(2), temperature=temperature)
+    assert loss.item() == info_nce(torch.eye(2), torch.eye(2), temperature=0.5).item()
+    loss.backward()
+    assert temperature.grad is not None
+    assert temperature.grad.item() == pytest.approx(math.exp(-2) / (1 + math.exp(-2)) / 0.25, abs=1e-6)
+
+
 def test_symmetric_masks_known_positives_both_ways() -> None:
     query, candidate = unit([1.0, 0.2], [0.3, 1.0]), unit([0.9, 0.1], [0.5, 0.5], [0.1, 0.9])
     known = torch.tensor([[False, False, True], [True, False, False]])
@@ -188,6 +210,9 @@ def test_the_score_is_float32_under_autocast() -> None:
             {"temperature": 1.0, "known_positive_QC": torch.eye(2).bool()},
             "2 targets marked",
         ),
+        (torch.eye(2), torch.eye(2), {"temperature": torch.tensor(-1.0)}, "above 0"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "backward_weight": -1.0}, "backward_weight must not be"),
+        (torch.eye(2), torch.eye(2), {"temperature": 1.0, "backward_weight": 1.0, "symmetric": True}, "symmetric; got"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "hardness_weight": -1.0}, "hardness weight is not negative"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "dimensions": []}, r"from 1 to 2 as dimensions, got \[\]"),
         (torch.eye(2), torch.eye(2), {"temperature": 1.0, "dimensions": [2, 3]}, r"from 1 to 2 .* got \[2, 3\]"),

@@ -29,14 +29,20 @@ def train(checkpoint: Path, folder: Path, result: Path, batch_size: int, **loss:
         mixture=TaskMixture(tasks=[mixed_task(folder.parent / "pictures")]),
         validation=[mixed_task(folder.parent / "pictures")],
         recipe=ContrastRecipe(
-            batch_size=batch_size, num_negatives=1, temperature=0.1, symmetric=True, eval_every=3, **loss
+            batch_size=batch_size,
+            num_negatives=1,
+            temperature=0.1,
+            learn_temperature=True,
+            symmetric=True,
+            eval_every=3,
+            **loss,
         ),
         optimizer=optimizer(num_steps=3, learning_rate=1e-2, save_every=3),
         folder=folder,
         seed=0,
     )
     if one.is_world_process_zero():
-        keys = ("loss", "grad_norm", "eval_p1_mean")
+        keys = ("loss", "grad_norm", "temperature", "eval_p1_mean")
         said = [log[key] for log in one.state.log_history for key in keys if key in log]
         save_file(model.state_dict() | {"said": torch.tensor(said)}, result)
 
@@ -102,7 +108,7 @@ def test_two_processes_are_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
     in_two_processes(train_twice, tiny_checkpoint, tmp_path, 2)
     for name in ("whole", "chunks"):
         one, two = (load_file(tmp_path / f"{name}.{processes}.safetensors") for processes in (1, 2))
-        assert len(one["said"]) == 7
+        assert len(one["said"]) == 10
         torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
         assert (tmp_path / f"{name}.2" / "checkpoint-3" / "trainer_state.json").is_file()
 

@@ -25,6 +25,10 @@ COMMANDS = {
         "check": ("quarterlight.cli.data:check", "List what is wrong with conversations or retrieval datasets."),
     },
     "evaluate": ("quarterlight.cli.evaluate:evaluate", "Measure how well a model retrieves on datasets."),
+    "tune-fusion": (
+        "quarterlight.cli.tune_fusion:tune_fusion_command",
+        "Choose a reranker's weight for each task, on validation splits.",
+    ),
     "bench": {
         "index": ("quarterlight.cli.bench_index:bench_index", "Speed and memory of indexing."),
         "search": ("quarterlight.cli.bench_search:bench_search", "Latency and recall of searching."),

@@ -27,6 +27,9 @@ def mine(
     window: Annotated[tuple[int, int], typer.Option(help="First and last rank to draw from.")] = (50, 100),
     top: Annotated[bool, typer.Option("--top", help="Take the best in order; no window.")] = False,
     sample: Annotated[int, typer.Option(min=0, help="How many a query; 0 takes all.")] = 2,
+    everywhere: Annotated[
+        bool, typer.Option("--global", help="Search the candidates of all tasks; others' are called DATASET/TASK/ID.")
+    ] = False,
     max_score: Annotated[float | None, typer.Option(help="Leave out candidates from this cosine on.")] = None,
     margin: Annotated[
         float | None, typer.Option(help="Leave out candidates from this share of the positive's cosine on.")
@@ -56,6 +59,7 @@ def mine(
         depth=depth,
         window=None if top else window,
         sample=sample or None,
+        pool="global" if everywhere else "local",
         max_score=max_score,
         margin=margin,
         max_unreadable=max_unreadable,

@@ -38,25 +38,33 @@ _SCHEDULE_CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveBatch:
+class Batch:
+    """What a step embeds: queries, and candidates of theirs, in which one may be several times."""
+
+    queries: list[Query]
+    candidates: list[Candidate]
+
+    @property
+    def ids(self) -> tuple[list[str], list[str]]:
+        """The ids of the queries and of the candidates, in order."""
+        return [query.qid for query in self.queries], [candidate.did for candidate in self.candidates]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveBatch(Batch):
     """Rows of one task, or runs of rows of one task each; row i's target is candidate i.
 
     tasks: the task of each row.  queries: Q rows.
     candidates: C >= Q, the targets of the rows in order, then the hard negatives of the first row, the second, ...
+    owner: int64 [C], for whose row a candidate is there.
     known_positive: bool [Q, C], where a candidate is not the row's target but known to answer its query all the same:
         another positive, one judged relevant, or a copy of one, whichever task it came with.  Such a pair must not
         count as a negative.  Its first Q columns, transposed, serve the loss from candidates to queries.
     """
 
     tasks: list[RetrievalTask]
-    queries: list[Query]
-    candidates: list[Candidate]
+    owner: npt.NDArray[np.int64]
     known_positive: npt.NDArray[np.bool_]
-
-    @property
-    def ids(self) -> tuple[list[str], list[str]]:
-        """The ids of the queries and of the candidates, in order."""
-        return [query.qid for query in self.queries], [candidate.did for candidate in self.candidates]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +177,8 @@ class MixtureTable:
         dealt = order.reshape(size, runs).T[generator.permutation(runs)]
         return _Plan(query=query[dealt], target=target[dealt])
 
-    def draw_negatives(self, query: _Ints, count: int, fill: Fill, seed: Sequence[int]) -> _Ints:
-        """``count`` hard negatives of each row, without repetition where there are as many."""
+    def draw_negatives(self, query: _Ints, count: int, fill: Fill, seed: Sequence[int]) -> tuple[_Ints, _Ints]:
+        """``count`` hard negatives of each row, without repetition where there are as many, and the row of each."""
         draw = np.random.default_rng(seed).random((len(query), count))
         available = self.negatives.length[query]
         chosen = np.zeros((len(query), count), np.int64)
@@ -183,7 +191,7 @@ class MixtureTable:
             few = np.where(column < available, column, again)
             chosen[:, column] = np.where(available > count, picked, few)
         keep = (np.arange(count) if fill == "none" else np.zeros(count, np.int64)) < available[:, None]
-        return self.negatives.values[(self.negatives.start[query][:, None] + chosen)[keep]]
+        return self.negatives.values[(self.negatives.start[query][:, None] + chosen)[keep]], np.nonzero(keep)[0]
 
     def known_positive(self, query: _Ints, candidate: _Ints) -> npt.NDArray[np.bool_]:
         """bool [Q, C]: which candidates answer which queries, the targets on the diagonal left out."""
@@ -327,7 +335,7 @@ class BatchSampler:
         rows = [self._run(task, turn) for task, turn in self._schedule.turns(step * self.runs, self.runs)]
         query, target = (np.concatenate(part) for part in zip(*rows, strict=True))
         # the last number sets it apart from the seed of any plan: trailing zeros make no difference to numpy
-        negatives = table.draw_negatives(query, self.num_negatives, self.fill, (self.seed, step, 0, 1))
+        negatives, row = table.draw_negatives(query, self.num_negatives, self.fill, (self.seed, step, 0, 1))
         candidate = np.append(target, negatives)
         tasks = [table.tasks[number] for number in table.task_of_query[query].tolist()]
         queries = [table.queries[number] for number in query.tolist()]
@@ -338,6 +346,7 @@ class BatchSampler:
             tasks=tasks,
             queries=queries,
             candidates=[table.candidates[number] for number in candidate.tolist()],
+            owner=np.append(np.arange(len(query)), row),
             known_positive=table.known_positive(query, candidate),
         )
 

@@ -187,7 +187,7 @@ class RetrievalEvaluator:
     reranker: also score the order that it gives the first candidates.
     rerank: how many these are; 5 in Magic-MM-Embedding (table 7).
     fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
-        reranker's setting.
+        reranker's setting for the task.
     on_rerank: called with how many queries of a task are reranked, and how many there are.
     embeddings: folder where embeddings are kept, by model, role and content, and looked for first; runs may share it.
         Needed under a launcher, whose processes must see the same folder.
@@ -262,9 +262,12 @@ class RetrievalEvaluator:
             plain = _Scored.of(found, pool, names, metric, ties, self.depth)
             if self.reranker is not None:
                 items = [query.item for query in pool.queries]
+                weight = self.fusion_weight
+                if weight is None:
+                    weight = self.reranker.settings.weight_of(task.task, task.dataset)
                 first = slice(0, self.rerank)
                 reranking = self._rerank(
-                    self.reranker, items, readable, found.column_QK[:, first], found.score_QK[:, first]
+                    self.reranker, weight, items, readable, found.column_QK[:, first], found.score_QK[:, first]
                 )
                 again = self._search(query_QD, candidate_CD, pool, depth, reranking.first)
                 reranked = _Scored.of(again, pool, names, metric, ties, self.depth)
@@ -350,6 +353,7 @@ class RetrievalEvaluator:
     def _rerank(
         self,
         reranker: Reranker,
+        weight: float,
         queries: Sequence[Item],
         candidates: Sequence[Item],
         column_QK: npt.NDArray[np.int64],
@@ -357,7 +361,6 @@ class RetrievalEvaluator:
     ) -> _Reranking:
         """The places that the reranker gives the first candidates of each query."""
         started = time.monotonic()
-        weight = reranker.settings.fusion_weight if self.fusion_weight is None else self.fusion_weight
         own = self._share(len(queries))
         place_BK = np.zeros((len(own), column_QK.shape[1]), np.int64)
         num_pairs = 0

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
+from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
 from quarterlight.mining.neighbours import EXACT_LIMIT, ExactSearch, IndexedSearch, Search, build_index
@@ -59,6 +60,9 @@ class MineRecipe:
     """first and last rank that may be taken, at random (paper: 50 to 100); without it, the best are taken in order"""
     sample: int | None = 2
     """how many are taken (paper: 2); without it, all that may be"""
+    pool: Literal["local", "global"] = "local"
+    """candidates that are searched: those of the task, or those of all tasks that are mined together, of which others'
+    are called ``dataset/task/id``"""
     max_score: float | None = None
     """cosine with the query from which on a candidate is taken for an answer that nobody has labelled"""
     margin: float | None = None
@@ -131,6 +135,7 @@ def mine(
     *,
     seed: int,
     cache: Path,
+    only: Mapping[str, Collection[str]] | None = None,
     show_progress: bool = False,
 ) -> list[TaskCounts]:
     """Writes ``<dataset>.<task>.parquet`` (:data:`SCHEMA`) for every task into ``folder``; finished ones stay.
@@ -139,6 +144,7 @@ def mine(
     question in other rows, and every copy of one of these.  What is embedded and found goes to ``cache`` as it comes,
     and a stopped run goes on from there.  Under a launcher the processes share the work and must see the same folders.
     What cannot be read is listed in ``unreadable.txt``.
+    only: label of a task -> ids of the queries that are searched; without it, all are.
     Raises DatasetError when more pictures than ``recipe.max_unreadable`` cannot be read.
     """
     process = processes()
@@ -150,7 +156,8 @@ def mine(
     shown = [one.item for task in tasks for side in (task.queries, task.candidates) for one in side]
     contents.read(shown, show_progress=show_progress and process.is_main_process)
     _check_readable(contents.problems, contents, recipe)
-    pools = [_Pool(task, contents) for task in tasks]
+    searched = [global_task(task, tasks) for task in tasks] if recipe.pool == "global" else tasks
+    pools = [_Pool(task, contents, None if only is None else only[task.label]) for task in searched]
     marks = [pool.fingerprint(embedder.model_hash, recipe, seed) for pool in pools]
     missing = [pool for pool, mark, file in zip(pools, marks, files, strict=True) if _notes(file).get("mark") != mark]
     process.wait_for_everyone()  # or one process would see what another has finished meanwhile
@@ -195,6 +202,7 @@ def read_mined(folder: Path, task: RetrievalTask) -> dict[str, list[str]]:
 class _Pool:
     """A task with queries and candidates told apart by what they show.
 
+    only: ids of the queries that are searched; the others still say what answers a question.
     queries: each with the key of its embedding, ``None`` when it cannot be read.
     candidates: content -> id and key of the first candidate that shows it.
     items: role -> key -> what is to be embedded.
@@ -202,9 +210,10 @@ class _Pool:
     problems: id -> why it cannot be read.
     """
 
-    def __init__(self, task: RetrievalTask, contents: Contents) -> None:
+    def __init__(self, task: RetrievalTask, contents: Contents, only: Collection[str] | None = None) -> None:
         self.task = task
-        self.queries = [(query, contents.key(query.item)) for query in task.queries]
+        asked = [(query, contents.key(query.item)) for query in task.queries]
+        self.queries = [one for one in asked if only is None or one[0].qid in only]
         self.candidates: dict[bytes, tuple[str, bytes]] = {}
         self.items: dict[Role, dict[bytes, Item]] = {"query": {}, "document": {}}
         self.positives: dict[str, list[bytes]] = {}
@@ -223,8 +232,11 @@ class _Pool:
         for query, question in self.queries:
             if question is None:
                 self.problems[query.qid] = str(contents.problem(query.item))
+            else:
+                self.items["query"][question] = query.item
+        for query, question in asked:
+            if question is None:
                 continue
-            self.items["query"][question] = query.item
             self.positives[query.qid] = [content_of[did] for did in query.positives if did in content_of]
             relevant = [content_of[did] for did in query.also_relevant if did in content_of]
             self.answers.setdefault(question, set()).update(self.positives[query.qid], relevant)
@@ -374,7 +386,7 @@ class _Miner:
             num_candidates=len(self.dids),
             num_mined=len(table),
             num_short=sum(_metadata(one.schema)["short"] for one in parts),
-            num_without=len(task.queries) - len(pc.unique(table[_PLACE.name])),
+            num_without=len(self.pool.queries) - len(pc.unique(table[_PLACE.name])),
             num_unreadable=len(problems),
             recall=recall,
         )

@@ -5,7 +5,8 @@ A trained embedder is a folder that ``transformers`` loads as a backbone, ``Sent
 
     config.json, model.safetensors, tokenizer.json, tokenizer_config.json, processor_config.json, chat_template.jinja
     modules.json, sentence_bert_config.json, config_sentence_transformers.json, 1_Pooling/config.json, 2_Normalize/
-    quarterlight.json    format, settings (:class:`EmbedderSettings`), s, templates, weights hash, training manifest
+    quarterlight.json    format, settings (:class:`EmbedderSettings`), s, templates, weights hash, training manifest,
+                         temperature
     embedder/            where LoRA was kept: adapter_config.json, adapter_model.safetensors (peft's)
 
 A folder with ``embedder/`` has in ``model.safetensors`` the weights that the adapter was trained on.  transformers,
@@ -259,6 +260,12 @@ def load_settings(folder: Path) -> EmbedderSettings:
     return EmbedderSettings.from_dict(content["settings"])
 
 
+def load_temperature(folder: Path) -> float | None:
+    """The temperature that the embedder in a folder was trained with; ``None`` where that is not known."""
+    value = read_description(folder).get("temperature")
+    return None if value is None else float(value)
+
+
 def load_reranker_settings(folder: Path) -> RerankerSettings:
     """The settings of a reranker's folder. Raises CheckpointError when it holds something else."""
     content = read_description(folder)
@@ -280,12 +287,14 @@ def save_checkpoint(
     manifest: Mapping[str, Any] | None = None,
     language_head: bool = False,
     adapter: bool = False,
+    temperature: float | None = None,
 ) -> Path:
     """Writes an embedder's folder under a temporary name and renames it; an older checkpoint there is replaced.
 
     model: of one of the families; a language head, if it has one, is left out unless ``language_head`` is set.
     dtype: of the saved weights; ``None`` keeps that of the model.  manifest: how the model was made.
     adapter: saves the LoRA adapter that the model has beside the weights that it was trained on.
+    temperature: that it was trained with; changes no embedding, but another stage may begin with it.
     Raises CheckpointError when the folder exists and is not a model's, or the model lacks the head or the adapter, or
         has an adapter that is neither merged nor to be saved, or its tokenizer lacks markers that its prompts need.
     """
@@ -325,6 +334,8 @@ def save_checkpoint(
         }
         description = _describe("embedder", draft, backbone.config, settings, templates, manifest)
         description |= {"language_head": language_head, "adapter": ADAPTER if adapter else None}
+        if temperature is not None:
+            description["temperature"] = temperature
         _write_json(draft / SETTINGS_FILE, description)
     return Path(folder)
 
@@ -368,6 +379,22 @@ def save_reranker(
         description = _describe("reranker", draft, model.config, settings, templates, manifest)
         _write_json(draft / SETTINGS_FILE, description | {"adapter": RERANKER_ADAPTER if adapter else None})
     return Path(folder)
+
+
+def save_fusion_weights(folder: Path, weights: Mapping[str, float], found: Mapping[str, Any]) -> RerankerSettings:
+    """Puts the weights of tasks among the settings of a reranker's folder, over older ones of the same tasks.
+
+    weights: as in :class:`RerankerSettings`.  found: how they were; kept beside them as ``fusion``.
+    ``quarterlight.json`` is written under a temporary name and renamed.  Returns the new settings.
+    Raises CheckpointError when the folder holds no reranker, or a weight is impossible.
+    """
+    settings = load_reranker_settings(folder)
+    values = settings.to_dict() | {"fusion_weights": {**settings.fusion_weights, **weights}}
+    new = RerankerSettings.from_dict(values)
+    draft = folder / f"{SETTINGS_FILE}.draft"
+    _write_json(draft, read_description(folder) | {"settings": new.to_dict(), "fusion": dict(found)})
+    draft.replace(folder / SETTINGS_FILE)
+    return new
 
 
 def _say(config: Any, *, causal: bool, masked: list[int] | None) -> None:

@@ -176,7 +176,7 @@ class Reranker:
         """SHA-256, in hex, of the weights and all else that changes a score beyond rounding."""
         weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
         settings = self.settings.to_dict()
-        for name in ("method", "fusion_weight", *self._backbone.unheeded):
+        for name in ("method", "fusion_weight", "fusion_weights", *self._backbone.unheeded):
             settings.pop(name)
         recipe = {
             "weights": weights_hash(weights),

@@ -115,8 +115,25 @@ class RerankerSettings(_Settings):
     """modality of a query -> its instruction, where nobody gives one"""
     fusion_weight: float = 1.0
     """of the reranker's score in a search, that of the cosine being the rest; 1 ranks by the reranker alone"""
+    fusion_weights: Mapping[str, float] = field(default_factory=dict)
+    """``dataset/task``, or ``task`` for those of all datasets -> the same for it, in place of ``fusion_weight``"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.fusion_weight <= 1:
             raise ValueError(f"fusion_weight must be from 0 to 1, got {self.fusion_weight}.")
+        for name, weight in self.fusion_weights.items():
+            if not 0 <= weight <= 1:
+                raise ValueError(f"fusion_weights must be from 0 to 1, got {weight} for {name!r}.")
+
+    def weight_of(self, task: str | None, dataset: str | None = None) -> float:
+        """The weight for a task, by its name and that of its dataset; ``None`` where they are not known.
+
+        >>> settings = RerankerSettings(fusion_weight=0.5, fusion_weights={"t2i": 0.3, "mscoco/t2i": 0.1})
+        >>> [settings.weight_of("t2i", "mscoco"), settings.weight_of("t2i"), settings.weight_of("i2t", "mscoco")]
+        [0.1, 0.3, 0.5]
+        """
+        for name in (f"{dataset}/{task}", str(task)):
+            if name in self.fusion_weights:
+                return self.fusion_weights[name]
+        return self.fusion_weight

@@ -122,7 +122,11 @@ class Searcher:
         hits = [_hit(match, item.text or "") for match in matches]
         if self.reranker is not None and num_reranked:
             rows = [match.row for match in matches[:num_reranked]]
-            hits = [*self._reranked(self.reranker, item, instruction, rows, hits[: len(rows)]), *hits[len(rows) :]]
+            weight = self.fusion_weight
+            if weight is None:
+                weight = self.reranker.settings.weight_of(direction_of(item.modality, kind))
+            first = self._reranked(self.reranker, weight, item, instruction, rows, hits[: len(rows)])
+            hits = [*first, *hits[len(rows) :]]
         return hits[:top_k]
 
     def _check(self, rerank: int) -> None:
@@ -132,7 +136,13 @@ class Searcher:
             )
 
     def _reranked(
-        self, reranker: Reranker, query: Item, instruction: str, rows: Sequence[Row], hits: Sequence[Hit]
+        self,
+        reranker: Reranker,
+        weight: float,
+        query: Item,
+        instruction: str,
+        rows: Sequence[Row],
+        hits: Sequence[Hit],
     ) -> list[Hit]:
         """The hits in their new order, with the reranker's scores."""
         folder = self.store.folder
@@ -149,7 +159,6 @@ class Searcher:
         given = list(items)
         tokens: list[Tokens] = [stored.get(rows[position].content_key) for position in given]
         score_K = reranker.score(query, list(items.values()), instruction=instruction, visual_tokens=tokens)
-        weight = reranker.settings.fusion_weight if self.fusion_weight is None else self.fusion_weight
         fused_K = fuse(np.array([hits[position].score for position in given], np.float32), score_K, weight)
         order = np.argsort(-fused_K, kind="stable")
         scored = [replace(hits[given[n]], rerank_score=float(score_K[n])) for n in order]
@@ -179,8 +188,17 @@ def instruction_of(modality: str, kind: Kind | None) -> str:
 
     Where the paper has no such direction (a picture in search of pages), or no kind is wanted: the one for pictures.
     """
-    direction = f"{_QUERY_LETTERS[modality]}2{_TARGET_LETTERS[kind]}" if kind else None
+    direction = direction_of(modality, kind)
     return query_instruction(direction if direction in QUERY_INSTRUCTIONS else None, modality)
+
+
+def direction_of(modality: str, kind: Kind | None) -> str | None:
+    """The task that a search is, such as ``t2i``; ``None`` where every kind is wanted.
+
+    >>> direction_of("image,text", "page")
+    'it2vd'
+    """
+    return f"{_QUERY_LETTERS[modality]}2{_TARGET_LETTERS[kind]}" if kind else None
 
 
 def snippet(text: str, query: str, *, max_chars: int = SNIPPET_CHARS) -> str:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from quarterlight.data.contrastive import BatchSampler, ContrastiveBatch
+from quarterlight.data.contrastive import Batch
 from quarterlight.errors import ImageError
 from quarterlight.images import load_image
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
@@ -29,6 +29,7 @@ from quarterlight.prompts import Role
 from quarterlight.records import ImageSource, Item
 from quarterlight.training.augment import AugmentRecipe, augment, draw
 from quarterlight.training.distributed import share
+from quarterlight.training.eyes import PictureKey, VisualTokens, show
 from quarterlight.training.threads import InputThreads
 
 _PROMPTS_KEPT = 1 << 17
@@ -155,22 +156,49 @@ class SecondEncoder(Protocol):
 
 
 class PromptEncoder:
-    """Inputs of a multimodal language model: prompts and tiles; those of a teacher beside them, if there is one."""
+    """Inputs of a multimodal language model: prompts and tiles; those of a teacher beside them, if there is one.
 
-    def __init__(self, formatter: InputFormatter, pictures: Pictures, teacher: SecondEncoder | None = None) -> None:
+    known: visual tokens of a tower that is frozen: pictures are then given by name, with tiles where they are unknown.
+        Pictures are not augmented, and there is no teacher.
+    """
+
+    def __init__(
+        self,
+        formatter: InputFormatter,
+        pictures: Pictures,
+        teacher: SecondEncoder | None = None,
+        known: VisualTokens | None = None,
+    ) -> None:
         self.formatter = formatter
         self.pictures = pictures
         self.teacher = teacher
+        self.known = known
         self._prompts: dict[Hashable, TokenizedPrompt] = {}
         self._lock = threading.Lock()  # a tokenizer is told how to split in one call and does it in the next
 
     def __call__(self, items: Sequence[Item], role: Role, chance_P9: Tensor | None = None) -> dict[str, Any]:
+        if self.known is not None:
+            return self._by_name(items, role, self.known)
         tiles_THW3, counts = self.pictures.tiles(items)
         inputs: dict[str, Any] = self.formatter.collate(self._tokenized(items, role), counts)
         if len(tiles_THW3):
             inputs["pixel_values"] = self.pictures.pixel_values(tiles_THW3, counts, chance_P9)
         if self.teacher is not None and chance_P9 is not None:
             inputs["teacher"] = self.teacher.beside(inputs, items)
+        return inputs
+
+    def _by_name(self, items: Sequence[Item], role: Role, known: VisualTokens) -> dict[str, Any]:
+        """Inputs with ``picture_keys``, ``fresh`` tiles, uint8 ``[T, H, W, 3]``, of the pictures not known, and how
+        these were ``cut``."""
+        fresh: dict[PictureKey, Tensor] = {}
+        cut: dict[PictureKey, Grid] = {}
+        shown = [
+            list(show(one, one.max_tiles or self.pictures.max_tiles, self.pictures, known, fresh, cut)) for one in items
+        ]
+        grids = [[grid for _, grid in one] for one in shown]
+        inputs: dict[str, Any] = self.formatter.collate(self._tokenized(items, role), grids)
+        if keys := [key for one in shown for key, _ in one]:
+            inputs |= {"picture_keys": keys, "fresh": fresh, "cut": cut}
         return inputs
 
     def num_tokens(self, items: Sequence[Item], role: Role) -> list[int]:
@@ -221,7 +249,7 @@ class StepPlan:
     """
 
     step: int
-    batch: ContrastiveBatch
+    batch: Batch
     candidate_index: Tensor
     num_distinct: int
     num_pictures: int
@@ -243,6 +271,12 @@ class EncodedChunk:
     unreadable: dict[int, list[str]]
 
 
+class Sampler(Protocol):
+    """What a step holds, as a pure function of its number."""
+
+    def batch(self, step: int, /) -> Batch: ...
+
+
 class ContrastiveSteps:
     """The steps of a run as plans and encoded chunks, each a pure function of its number.
 
@@ -250,9 +284,7 @@ class ContrastiveSteps:
         chunk of a step.
     """
 
-    def __init__(
-        self, sampler: BatchSampler, encode: ItemEncoder, *, seed: int, chunk_tokens: int | None = None
-    ) -> None:
+    def __init__(self, sampler: Sampler, encode: ItemEncoder, *, seed: int, chunk_tokens: int | None = None) -> None:
         self.sampler = sampler
         self.encode = encode
         self.seed = seed

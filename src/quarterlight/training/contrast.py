@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from quarterlight.data.contrastive import BatchSampler, TaskMixture
+from quarterlight.data.contrastive import Batch, BatchSampler, ContrastiveBatch, Instructions, TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
@@ -36,10 +36,19 @@ from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.shared_prefix import embed_shared_prefix
 from quarterlight.prompts import Role
 from quarterlight.records import Candidate, Item, Query
-from quarterlight.training.collate import ContrastiveSteps, EncodedChunk, ItemEncoder, StepPlan, StepStream
+from quarterlight.training.collate import ContrastiveSteps, EncodedChunk, ItemEncoder, Sampler, StepPlan, StepStream
 from quarterlight.training.distributed import gather, gather_objects, largest, share, share_of, world_size
+from quarterlight.training.eyes import FrozenEyes, PictureKey
 from quarterlight.training.gradcache import GradCache
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
+from quarterlight.training.temperature import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    NAME,
+    Temperature,
+    check_temperature,
+    remove_temperature,
+)
 from quarterlight.training.trouble import PictureLog, stop_at
 from quarterlight.training.watched import WatchedTrainer
 
@@ -49,56 +58,85 @@ class PromptEmbedder(nn.Module):
 
     shared_prefix: reads what the rows of a side have in common once.  Not possible under gradient checkpointing, which
         allows no cache of keys and values, nor where weights are sharded: they are gathered for the backward pass of
-        what a layer returns, and a cache is nothing that it returns.
+        what a layer returns, and a cache is nothing that it returns.  Only the last token under causal attention has a
+        beginning in common.
+    pooling, attention: how hidden states become an embedding, as in the settings of the model that is made.
+    eyes: tower and connector that are frozen, and what they have seen; the inputs then name pictures.
 
     ``Trainer`` saves a transformers model under the names of its published weights, but resumes it without translating
     them back: the language model of an InternVL would start anew without a word.  In here it keeps its names.
     """
 
-    def __init__(self, backbone: nn.Module, shared_prefix: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        shared_prefix: bool = True,
+        *,
+        pooling: PoolingMode = PoolingMode.LAST_TOKEN,
+        attention: Attention = Attention.CAUSAL,
+        eyes: FrozenEyes | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.shared_prefix = shared_prefix
+        self.pooling = pooling
+        self.attention = attention
+        self.eyes = eyes
+        self.shared_prefix = shared_prefix and (pooling, attention) == (PoolingMode.LAST_TOKEN, Attention.CAUSAL)
         self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # where FSDP cuts
 
-    def forward(self, *sides: Mapping[str, Any]) -> Tensor:
-        return torch.cat([self._embed(inputs) for inputs in sides])
+    def train(self, mode: bool = True) -> PromptEmbedder:
+        """Of what is trained: frozen eyes stay as they are."""
+        super().train(mode)
+        if self.eyes is not None:
+            self.eyes.rest()
+        return self
 
-    def _embed(self, inputs: Mapping[str, Any]) -> Tensor:
-        nothing = None
-        if world_size() > 1 and "pixel_values" not in inputs:
-            nothing = backbone_of(self.backbone.config).blank(self.backbone)
+    def forward(self, *sides: Mapping[str, Any]) -> Tensor:
+        seen: dict[PictureKey, Tensor] = {}
+        if self.eyes is not None:
+            fresh = {key: one for inputs in sides for key, one in inputs.get("fresh", {}).items()}
+            cut = {key: one for inputs in sides for key, one in inputs.get("cut", {}).items()}
+            seen = self.eyes.look(fresh, cut)
+        return torch.cat([self._embed(inputs, seen) for inputs in sides])
+
+    def _embed(self, inputs: Mapping[str, Any], seen: Mapping[PictureKey, Tensor]) -> Tensor:
+        blind = world_size() > 1 and self.eyes is None and "pixel_values" not in inputs
+        nothing = backbone_of(self.backbone.config).blank(self.backbone) if blind else None
+        names = ("input_ids", "attention_mask", "instruction_mask", "position_ids", "pixel_values", "grids")
+        plain = {name: inputs[name] for name in names if name in inputs}
+        if self.eyes is not None and "picture_keys" in inputs:
+            like = next(self.backbone.parameters())
+            plain["visual_tokens"] = self.eyes.tokens(inputs["picture_keys"], seen, like)
         if self.shared_prefix:
-            embedding_BD = embed_shared_prefix(self.backbone, inputs)
+            embedding_BD = embed_shared_prefix(self.backbone, plain)
         else:
-            names = ("input_ids", "attention_mask", "instruction_mask", "position_ids", "pixel_values", "grids")
-            plain = {name: inputs[name] for name in names if name in inputs}
-            embedding_BD = embed(self.backbone, plain, pooling=PoolingMode.LAST_TOKEN, attention=Attention.CAUSAL)
+            embedding_BD = embed(self.backbone, plain, pooling=self.pooling, attention=self.attention)
         return embedding_BD if nothing is None else embedding_BD + nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastRecipe:
-    """What a contrastive stage does beyond its optimiser."""
+class EmbedRecipe:
+    """What every stage that trains an embedder does beyond its optimiser, whatever its loss."""
 
     batch_size: int = 256
     """queries of a batch on each device"""
-    sub_batch_size: int | None = None
-    """the batch of all devices is made of runs of so many queries, each of one task; without it, it is of one task"""
-    num_negatives: int = 0
-    """hard negatives per query, at most"""
-    fill: Literal["none", "repeat"] = "none"
-    """a query with fewer negatives has fewer (none), or has some of them twice (repeat)"""
     temperature: float = 0.03
-    """divides the scores (paper: 0.03)"""
-    symmetric: bool = False
-    """also ask each target for its query"""
-    hardness_weight: float = 0.0
-    """adds so much of its score to the logit of each negative, without gradient (LLaVE, arXiv:2503.04812)"""
-    dimensions: Sequence[int] | None = None
-    """the loss is the mean over so many first columns of the embeddings (Matryoshka); without them, it is of all"""
+    """divides the scores (Magic-MM-Embedding: 0.03, U-MARVEL: 0.05 at the start)"""
+    learn_temperature: bool = False
+    """trains it with the weights, from there on"""
+    inherit_temperature: bool = False
+    """begins with, or keeps, what the model of the stage before was trained with, where that is known"""
+    min_temperature: float = MIN_TEMPERATURE
+    """below which a learnt one does not fall"""
+    max_temperature: float = MAX_TEMPERATURE
+    """above which a learnt one does not rise"""
+    temperature_learning_rate: float | None = None
+    """of its logarithm, at the peak; without it, that of the weights"""
     chunk_tokens: int | None = None
     """tokens, padding included, that go through the model at once; without it, the whole batch of a device does"""
+    visual_tokens_bytes: int = 1 << 30
+    """visual tokens of pictures that are kept in main memory where tower and connector are frozen and pictures are not
+    augmented; others are worked out whenever they are used"""
     max_unreadable: float = 0.01
     """share of unreadable pictures above which training stops; up to it they are left out of the loss"""
     eval_every: int = 1000
@@ -107,19 +145,66 @@ class ContrastRecipe:
     """queries of a validation task that are tried, and as many candidates besides their positives"""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "sub_batch_size": 1, "chunk_tokens": 1, "eval_queries": 1}
-        for name, lowest in {**least, "num_negatives": 0, "hardness_weight": 0, "eval_every": 0}.items():
+        least = {"batch_size": 1, "chunk_tokens": 1, "eval_queries": 1, "eval_every": 0, "visual_tokens_bytes": 0}
+        self._at_least(least)
+        check_temperature(self.temperature, self.min_temperature, self.max_temperature, self.learn_temperature)
+        if self.temperature_learning_rate is not None and not (
+            self.learn_temperature and self.temperature_learning_rate > 0
+        ):
+            raise RecipeError(
+                "temperature_learning_rate must be above 0, and is of no use without learn_temperature; got "
+                f"{self.temperature_learning_rate}."
+            )
+        if not 0 <= self.max_unreadable <= 1:
+            raise RecipeError(f"max_unreadable must be a share from 0 to 1, got {self.max_unreadable}.")
+
+    def _at_least(self, least: Mapping[str, int]) -> None:
+        for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise RecipeError(f"{name} must be at least {lowest}, got {value}.")
-        if self.temperature <= 0:
-            raise RecipeError(f"temperature must be above 0, got {self.temperature}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastRecipe(EmbedRecipe):
+    """What a contrastive stage does beyond its optimiser."""
+
+    sub_batch_size: int | None = None
+    """the batch of all devices is made of runs of so many queries, each of one task; without it, it is of one task"""
+    num_negatives: int = 0
+    """hard negatives per query, at most"""
+    fill: Literal["none", "repeat"] = "none"
+    """a query with fewer negatives has fewer (none), or has some of them twice (repeat)"""
+    instructions: Instructions = "first"
+    """which a query has of several: always the first, or any, drawn anew for every batch (U-MARVEL: random)"""
+    in_batch: bool = True
+    """a query's negatives are also the candidates of the other queries; without it, its own hard negatives alone"""
+    symmetric: bool = False
+    """also ask each target for its query, and take the mean of both losses"""
+    backward_weight: float = 0.0
+    """in place of ``symmetric``: adds so much of the loss from targets to queries (U-MARVEL on captions: 1)"""
+    hardness_weight: float = 0.0
+    """adds so much of its score to the logit of each negative, without gradient (LLaVE, arXiv:2503.04812)"""
+    dimensions: Sequence[int] | None = None
+    """the loss is the mean over so many first columns of the embeddings (Matryoshka); without them, it is of all"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least({"sub_batch_size": 1, "num_negatives": 0, "hardness_weight": 0, "backward_weight": 0})
         if self.fill not in ("none", "repeat"):
             raise RecipeError(f"fill must be none or repeat, got {self.fill!r}.")
+        if self.symmetric and self.backward_weight:
+            raise RecipeError(
+                f"symmetric is the mean of both directions, backward_weight ({self.backward_weight}) adds one to the "
+                "other: give one of them."
+            )
+        if not self.in_batch and (self.symmetric or self.backward_weight or not self.num_negatives):
+            raise RecipeError(
+                "Without in_batch a query is compared with its own hard negatives alone: it needs num_negatives, and "
+                "has no loss from targets to queries (symmetric, backward_weight)."
+            )
         if self.dimensions is not None and (not self.dimensions or min(self.dimensions) < 1):
             raise RecipeError(f"dimensions must be a list of numbers of columns, got {self.dimensions}.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise RecipeError(f"max_unreadable must be a share from 0 to 1, got {self.max_unreadable}.")
 
 
 class _StepNumbers(Dataset[dict[str, int]]):
@@ -153,18 +238,20 @@ class _Rows:
         return _Rows(columns[:, :D], columns[:, D].bool(), columns[:, D + 1 :] if wanted else None)
 
 
-class ContrastiveTrainer(WatchedTrainer):
-    """``Trainer`` with InfoNCE between two sides, and P@1 on validation tasks as its evaluation.
+class EmbeddingTrainer(WatchedTrainer):
+    """``Trainer`` with a loss of the embeddings of a whole batch, and P@1 on validation tasks as its evaluation.
 
     steps: what each batch holds.  num_threads: that prepare inputs ahead of the model.
     teacher, teacher_weight: as in :func:`train_contrastive`.
     """
 
+    recipe: EmbedRecipe
+
     def __init__(
         self,
         *,
         steps: ContrastiveSteps,
-        recipe: ContrastRecipe,
+        recipe: Any,
         validation: Sequence[RetrievalTask],
         num_threads: int = 0,
         teacher: nn.Module | None = None,
@@ -172,6 +259,10 @@ class ContrastiveTrainer(WatchedTrainer):
         **more: Any,
     ) -> None:
         more["eval_dataset"] = list(validation)  # Trainer asks for one, though evaluate() is ours
+        self._learnt: Temperature | None = None
+        if recipe.learn_temperature:  # before Trainer counts what it trains
+            bounds = recipe.min_temperature, recipe.max_temperature
+            self._learnt = Temperature(more["model"], recipe.temperature, *bounds)
         super().__init__(**more)
         self.steps = steps
         self.recipe = recipe
@@ -183,6 +274,33 @@ class ContrastiveTrainer(WatchedTrainer):
         self._started = time.monotonic()
         self._waited = 0.0
         self._pictures = PictureLog(self._folder, recipe.max_unreadable)
+
+    @property
+    def temperature(self) -> float:
+        """What the scores are divided by, after the last step."""
+        return self.recipe.temperature if self._learnt is None else self._learnt.value
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As ``Trainer`` does; a temperature does not decay."""
+        return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[2] != NAME]
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        """As ``Trainer`` does; a temperature with a learning rate of its own is a group of its own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*arguments, **options)
+        rate = self.recipe.temperature_learning_rate
+        if made and self._learnt is not None and rate is not None:
+            one = self._learnt.parameter
+            for group in optimizer.param_groups:
+                group["params"] = [other for other in group["params"] if other is not one]
+            optimizer.add_param_group({"params": [one], "weight_decay": 0.0, "lr": rate})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the temperature to what is said about training."""
+        if "loss" in logs and self._learnt is not None:
+            logs["temperature"] = self._learnt.value
+        super().log(logs, start_time)
 
     @property
     def utilisation(self) -> float:
@@ -203,7 +321,7 @@ class ContrastiveTrainer(WatchedTrainer):
                 self._stream = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """InfoNCE of one batch (paper, eq. 2), whose gradients are added to those of the weights.
+        """The loss of one batch, whose gradients are added to those of the weights.
 
         Raises RecipeError on a loss that is not finite, DatasetError when too many pictures cannot be read.
         """
@@ -212,6 +330,8 @@ class ContrastiveTrainer(WatchedTrainer):
             total = len(self.train_dataset)  # type: ignore[arg-type]
             self._stream = StepStream(self.steps, inputs["step"], total, num_threads=self.num_threads)
         model.train()
+        if self._learnt is not None:
+            self._learnt.clamp()
         with self._waiting():
             plan = self._stream.plan()
         assert plan.step == inputs["step"], "the stream and Trainer disagree about the step"
@@ -223,8 +343,8 @@ class ContrastiveTrainer(WatchedTrainer):
         # the stream gives a single chunk once, several twice
         kept = list(self._chunks(plan, num_chunks)) if len(plan.chunks) < 2 else None
         rows, reasons = self._embed_rows(plan, cache, kept or self._chunks(plan, num_chunks))
-        loss, gradient_RD = self._loss(plan, rows, reasons)
         steps = self.current_gradient_accumulation_steps
+        loss, gradient_RD = self._loss(plan, rows, reasons, steps)
         gradient_RD *= world_size() / steps  # the processes' gradients will be averaged
         for index, chunk in enumerate(kept or self._chunks(plan, num_chunks)):
             gradient_BD = gradient_RD[chunk.rows] if chunk.rows else gradient_RD.new_zeros(1, gradient_RD.shape[1])
@@ -281,29 +401,29 @@ class ContrastiveTrainer(WatchedTrainer):
     def _teach(self, sides: Sequence[Mapping[str, Any]]) -> Tensor | None:
         return None if self.teacher is None else self.teacher(*[side["teacher"] for side in sides]).float()
 
-    def _loss(self, plan: StepPlan, rows: _Rows, reasons: list[str]) -> tuple[Tensor, Tensor]:
-        """The loss of the whole batch, and its gradient with respect to this process's rows, ``[R, D]``."""
+    def _loss(self, plan: StepPlan, rows: _Rows, reasons: list[str], steps: int) -> tuple[Tensor, Tensor]:
+        """The loss of the whole batch, and its gradient with respect to this process's rows, ``[R, D]``.
+
+        steps: accumulated batches, whose mean is wanted.  A learnt temperature gets its gradient here, which is the
+        same on all processes: each has the loss of all rows.
+        """
         num_queries, own_queries = len(plan.batch.queries), len(share(plan.batch.queries))
         query = rows.gathered(0, own_queries, num_queries)
         candidate = rows.gathered(own_queries, plan.num_rows, plan.num_distinct)
         index_C = plan.candidate_index.to(self.args.device)
-        masks: dict[str, Any] = {}
         if not (query.readable_R.all() and candidate.readable_R.all()):
-            readable_C = candidate.readable_R[index_C]
-            masks = {"row_mask_Q": query.readable_R & readable_C[:num_queries], "candidate_mask_C": readable_C}
             reasons = gather_objects(reasons)
         self._pictures.add(plan.num_pictures, reasons)
-        self._check_width(rows.embedding_RD.shape[1])
         query_QD, candidate_UD = query.embedding_RD.requires_grad_(), candidate.embedding_RD.requires_grad_()
-        loss = info_nce(
+        wanted = [query_QD, candidate_UD, *([] if self._learnt is None else [self._learnt.parameter])]
+        loss = self._batch_loss(
+            plan.batch,
             query_QD,
-            candidate_UD[index_C],
-            temperature=self.recipe.temperature,
-            known_positive_QC=torch.from_numpy(plan.batch.known_positive).to(self.args.device),
-            symmetric=self.recipe.symmetric,
-            hardness_weight=self.recipe.hardness_weight,
-            dimensions=self.recipe.dimensions,
-            **masks,
+            candidate_UD,
+            index_C,
+            temperature=self.recipe.temperature if self._learnt is None else self._learnt.tensor(),
+            readable_Q=query.readable_R,
+            readable_C=candidate.readable_R[index_C],
         )
         if query.wanted_RE is not None and candidate.wanted_RE is not None:
             step = plan.step // self.args.gradient_accumulation_steps
@@ -314,15 +434,28 @@ class ContrastiveTrainer(WatchedTrainer):
             )
         if not torch.isfinite(loss):
             stop_at(self._folder, plan.step, loss.item(), what="loss", **self._batch_ids)
-        gradient_QD, gradient_UD = torch.autograd.grad(loss, [query_QD, candidate_UD])
+        gradient_QD, gradient_UD, *warmth = torch.autograd.grad(loss, wanted)
+        if self._learnt is not None:
+            self._learnt.add_gradient(warmth[0] / steps)
         return loss.detach(), torch.cat([share_of(gradient_QD), share_of(gradient_UD)])
 
-    def _check_width(self, width: int) -> None:
-        if self.recipe.dimensions is not None and max(self.recipe.dimensions) > width:
-            raise RecipeError(
-                f"dimensions must not be above the {width} columns of the model's embeddings, got "
-                f"{list(self.recipe.dimensions)}."
-            )
+    def _batch_loss(
+        self,
+        batch: Batch,
+        query_QD: Tensor,
+        candidate_UD: Tensor,
+        index_C: Tensor,
+        *,
+        temperature: float | Tensor,
+        readable_Q: Tensor,
+        readable_C: Tensor,
+    ) -> Tensor:
+        """The loss of all rows of a batch.
+
+        candidate_UD: distinct candidates.  index_C: which of them each candidate of the batch is.
+        readable_Q, readable_C: bool, False for rows with a picture that cannot be read.
+        """
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def _unfinished(self, model: nn.Module) -> Iterator[None]:
@@ -398,6 +531,51 @@ class ContrastiveTrainer(WatchedTrainer):
         return self.steps.encode
 
 
+class ContrastiveTrainer(EmbeddingTrainer):
+    """The trainer whose loss is InfoNCE (Magic-MM-Embedding, eq. 2)."""
+
+    recipe: ContrastRecipe
+
+    def _batch_loss(
+        self,
+        batch: Batch,
+        query_QD: Tensor,
+        candidate_UD: Tensor,
+        index_C: Tensor,
+        *,
+        temperature: float | Tensor,
+        readable_Q: Tensor,
+        readable_C: Tensor,
+    ) -> Tensor:
+        assert isinstance(batch, ContrastiveBatch)
+        self._check_width(query_QD.shape[1])
+        masks: dict[str, Any] = {}
+        if not (readable_Q.all() and readable_C.all()):
+            masks = {"row_mask_Q": readable_Q & readable_C[: len(query_QD)], "candidate_mask_C": readable_C}
+        left_out_QC = batch.known_positive
+        if not self.recipe.in_batch:
+            others_QC = batch.owner != np.arange(len(query_QD))[:, None]
+            left_out_QC = left_out_QC | others_QC
+        return info_nce(
+            query_QD,
+            candidate_UD[index_C],
+            temperature=temperature,
+            known_positive_QC=torch.from_numpy(left_out_QC).to(self.args.device),
+            symmetric=self.recipe.symmetric,
+            backward_weight=self.recipe.backward_weight,
+            hardness_weight=self.recipe.hardness_weight,
+            dimensions=self.recipe.dimensions,
+            **masks,
+        )
+
+    def _check_width(self, width: int) -> None:
+        if self.recipe.dimensions is not None and max(self.recipe.dimensions) > width:
+            raise RecipeError(
+                f"dimensions must not be above the {width} columns of the model's embeddings, got "
+                f"{list(self.recipe.dimensions)}."
+            )
+
+
 def _distance(embedding_BD: Tensor, wanted_BD: Tensor, readable_B: Tensor) -> Tensor:
     """1 - cosine to the teacher's embeddings, averaged over the readable rows."""
     cosine_B = (embedding_BD * wanted_BD).sum(dim=1)
@@ -440,9 +618,49 @@ def train_contrastive(
         seed=seed,
         sub_batch_size=recipe.sub_batch_size,
         fill=recipe.fill,
+        instructions=recipe.instructions,
     )
+    trainer = fit(
+        ContrastiveTrainer,
+        model,
+        sampler=sampler,
+        steps_per_epoch=sampler.steps_per_epoch,
+        encode=encode,
+        validation=validation,
+        recipe=recipe,
+        optimizer=optimizer,
+        folder=folder,
+        seed=seed,
+        teacher=teacher,
+        teacher_weight=teacher_weight,
+    )
+    return trainer
+
+
+_Trainer = TypeVar("_Trainer", bound=EmbeddingTrainer)
+
+
+def fit(
+    kind: type[_Trainer],
+    model: nn.Module,
+    *,
+    sampler: Sampler,
+    steps_per_epoch: int,
+    encode: ItemEncoder,
+    validation: Sequence[RetrievalTask],
+    recipe: EmbedRecipe,
+    optimizer: OptimizerRecipe,
+    folder: Path,
+    seed: int,
+    **more: Any,
+) -> _Trainer:
+    """Trains ``model`` in place by a kind of trainer, on what the sampler draws; see :func:`train_contrastive`.
+
+    steps_per_epoch: batches that draw as many rows as there are.  more: of the trainer.
+    Raises RecipeError for a learnt temperature beside sharded weights.
+    """
     accumulated = optimizer.gradient_accumulation_steps
-    num_steps = optimizer.steps(sampler.steps_per_epoch, accumulated)
+    num_steps = optimizer.steps(steps_per_epoch, accumulated)
     evaluating = recipe.eval_every > 0 and len(validation) > 0
     arguments = optimizer.arguments(
         folder,
@@ -453,10 +671,10 @@ def train_contrastive(
         eval_strategy="steps" if evaluating else "no",
         eval_steps=recipe.eval_every if evaluating else None,
     )
-    assert arguments.world_size * recipe.batch_size == sampler.batch_size, "met the other processes too late"
+    assert arguments.world_size == world_size(), "met the other processes too late"
     if optimizer.gradient_checkpointing:
         recompute_activations(getattr(model, "backbone", model))
-    trainer = ContrastiveTrainer(
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=_StepNumbers(num_steps * accumulated),
@@ -464,16 +682,24 @@ def train_contrastive(
         recipe=recipe,
         validation=validation,
         num_threads=optimizer.num_workers,
-        teacher=teacher,
-        teacher_weight=teacher_weight,
         callbacks=[tensorboard(folder)],
+        **more,
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded:  # which changes the modules for good
+        if recipe.learn_temperature:
+            raise RecipeError(
+                "learn_temperature does not go with sharded weights: start it without FSDP and DeepSpeed, with lora if "
+                "the whole model does not fit."
+            )
+        if isinstance(model, PromptEmbedder):  # processes that look at different pictures would wait for each other
+            model.eyes = None
+            encode.known = None  # type: ignore[attr-defined]
         trainer.model = trainer.model_wrapped = copy.deepcopy(model)
         if isinstance(trainer.model, PromptEmbedder):
             trainer.model.shared_prefix = False
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    remove_temperature(model)
     if sharded:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.is_world_process_zero():

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -38,18 +37,18 @@ from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.rerank_inputs import MAX_LIST, AnswerTokens, RerankFormatter
 from quarterlight.models.settings import RerankerSettings
 from quarterlight.models.shared_prefix import repeated
-from quarterlight.models.tiles import Grid, num_tiles
+from quarterlight.models.tiles import Grid
 from quarterlight.records import Item
 from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
 from quarterlight.training.distributed import gather_objects, share, world_size
+from quarterlight.training.eyes import FrozenEyes, PictureKey, VisualTokens, picture_keys, show
 from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
 from quarterlight.training.trouble import stop_at
 from quarterlight.training.writer import Writer
 
 _YES, _NO, _LIST = _KINDS = range(3)  # what is answered
 _GROUPED = 0.85  # of the longest row of a group, how long the others are at least: what is missing is padding
-_TILES_AT_ONCE, _TILES_ON_CPU = 128, 4  # in the tower
 _PROMPTS_KEPT = 1 << 17
 
 
@@ -93,43 +92,6 @@ class RerankRecipe:
             raise RecipeError("pointwise_weight and listwise_weight must not both be 0.")
         if not 0 <= self.max_unreadable <= 1:
             raise RecipeError(f"max_unreadable must be from 0 to 1, got {self.max_unreadable}.")
-
-
-@dataclass(frozen=True)
-class PictureKey:
-    """What tells a picture from others, cut into so many tiles at most. No tuple, into which ``Trainer`` would look."""
-
-    source: Hashable
-    max_tiles: int
-
-
-class VisualTokens:
-    """Visual tokens of pictures, ``[n, k, W]`` each, and how these were cut, in main memory as long as there is room.
-
-    Nothing is ever dropped, so that whoever found a picture here finds it later too.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._room = max_bytes
-        self._tokens: dict[PictureKey, Tensor] = {}
-        self._grids: dict[PictureKey, Grid] = {}
-
-    def __contains__(self, key: PictureKey) -> bool:
-        return key in self._tokens
-
-    def __getitem__(self, key: PictureKey) -> Tensor:
-        return self._tokens[key]
-
-    def grid(self, key: PictureKey) -> Grid:
-        """How a picture was cut whose tokens are here."""
-        return self._grids[key]
-
-    def put(self, key: PictureKey, tokens: Tensor, grid: Grid) -> None:
-        """Keeps a picture's tokens if there is room for them."""
-        if key not in self._tokens and tokens.nbytes <= self._room:
-            self._room -= tokens.nbytes
-            self._grids[key] = grid
-            self._tokens[key] = tokens.to("cpu", copy=True)  # not a part of something larger
 
 
 @dataclass(frozen=True)
@@ -185,7 +147,7 @@ class RerankCollator:
             int64 [B, L], 0 in the trunk, if there are several; ``answers``, int64 [n], where in the flattened [B, L]
             the next token is an answer; ``pictures``, keys.
         fresh: key -> uint8 tiles [T, H, W, 3] of each picture whose visual tokens are not known.
-        grids: how these were cut, in the same order.
+        cut: key -> how it was cut, of the same.
         labels: int64 [N], the answers of all groups.  kinds: int64 [N], what is answered.
         choices: int64 [N], candidates to choose from.  rows: int64 [N], which row asks.
         weights: float32 [N], 0 for a row with a picture that cannot be read, 1 for others.
@@ -217,7 +179,7 @@ class RerankCollator:
         return {
             "parts": parts,
             "fresh": fresh,
-            "grids": [cut[key] for key in fresh],
+            "cut": {key: cut[key] for key in fresh},
             "labels": labels_N,
             "kinds": kinds_N,
             "choices": choices_N,
@@ -234,12 +196,9 @@ class RerankCollator:
     ) -> Iterator[tuple[PictureKey, Grid, list[str]]]:
         """For each picture of an item its key, how it was cut, and why it cannot be read if so."""
         most = self.formatter.max_tiles(item)
-        for source, key in zip(item.images, _keys(item, most), strict=True):
-            alone = Item(image=source, max_tiles=most)
-            if key not in self.known and key not in fresh:
-                tiles_THW3, ((cut[key],),) = self.pictures.tiles([alone])
-                fresh[key] = torch.from_numpy(tiles_THW3)
-            yield key, cut[key] if key in fresh else self.known.grid(key), self.pictures.whys(alone)
+        found = show(item, most, self.pictures, self.known, fresh, cut)
+        for source, (key, grid) in zip(item.images, found, strict=True):
+            yield key, grid, self.pictures.whys(Item(image=source, max_tiles=most))
 
     def _pairs(self, number: int, row: RerankRow, tiles: Mapping[PictureKey, Grid]) -> _Sequence:
         items = [row.positive.item, row.negative.item]
@@ -310,7 +269,7 @@ class RerankCollator:
         return self.formatter.prefix(items[0], listwise=kind == "list prefix")
 
     def _keys(self, items: Sequence[Item]) -> list[PictureKey]:
-        return [key for item in items for key in _keys(item, self.formatter.max_tiles(item))]
+        return [key for item in items for key in picture_keys(item, self.formatter.max_tiles(item))]
 
     def _part(self, sequences: list[_Sequence]) -> dict[str, Any]:
         opening = _opening([one.trunk for one in sequences], self.formatter.processor.image_token_id)
@@ -346,11 +305,6 @@ class RerankCollator:
             "sequences": sequences,
         }
         return group | ({"branch": branch} if len(sequences[0].branches) > 1 else {})
-
-
-def _keys(item: Item, max_tiles: int) -> list[PictureKey]:
-    # an opened picture has no name, but lives as long as its item
-    return [PictureKey(id(one) if isinstance(one, Image.Image) else one, max_tiles) for one in item.images]
 
 
 def _grouped(sequences: list[_Sequence], skipped: int) -> Iterator[list[_Sequence]]:
@@ -395,23 +349,15 @@ class AnswerWriter(Writer):
         shared_prefix: bool = True,
     ) -> None:
         super().__init__(model)
-        self.image_processor = processor.image_processor
+        self.eyes = FrozenEyes(model, processor.image_processor, known)
         self._backbone = backbone_of(model.config)
-        self.known = known
         self.words = [answers.yes, answers.no, *answers.numbers]
         self.shared_prefix = shared_prefix
-        for part in self._eyes:
-            part.requires_grad_(False)
-
-    @property
-    def _eyes(self) -> list[nn.Module]:
-        return self._backbone.parts(self.model)
 
     def train(self, mode: bool = True) -> AnswerWriter:
         """Of the language model only: what the tower sees must not depend on when it looks."""
         super().train(mode)
-        for part in self._eyes:
-            part.eval()
+        self.eyes.rest()
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -420,36 +366,10 @@ class AnswerWriter(Writer):
 
         batch: what :class:`RerankCollator` makes, on the model's device.
         """
-        seen = self._look(batch["fresh"], batch["grids"])
+        seen = self.eyes.look(batch["fresh"], batch["cut"])
         hidden_ND = torch.cat([one for part in batch["parts"] for one in self._read(part, seen)])
         logits_NV = self.model.lm_head(hidden_ND).float()
         return F.cross_entropy(logits_NV, batch["labels"], reduction="none"), logits_NV[:, self.words].detach()
-
-    @torch.no_grad()
-    def _look(self, fresh: Mapping[PictureKey, Tensor], grids: Sequence[Grid]) -> dict[PictureKey, Tensor]:
-        """The visual tokens of pictures that are not known, which are known from then on if there is room.
-
-        On a CPU the shape of what goes through the tower does not depend on what else there is to look at: the rounding
-        of a product does, and a run that was stopped has other pictures.
-        """
-        if not fresh:
-            return {}
-        tiles_THW3 = torch.cat(list(fresh.values()))
-        runs = self._backbone.split(grids, _TILES_AT_ONCE)
-        if tiles_THW3.device.type == "cpu":
-            runs, blank = self._backbone.split_alike(grids, _TILES_ON_CPU)
-            tiles_THW3 = F.pad(tiles_THW3, (0, 0, 0, 0, 0, 0, 0, blank))
-        parts = tiles_THW3.split([sum(map(num_tiles, run)) for run in runs])
-        tokens = torch.cat([self._tower(some, run) for some, run in zip(parts, runs, strict=True)])
-        counts = [self._backbone.num_rows(self.model.config, grid) for grid in grids]
-        seen = dict(zip(fresh, tokens[: sum(counts)].split(counts), strict=True))
-        for (key, one), grid in zip(seen.items(), grids, strict=True):
-            self.known.put(key, one, grid)
-        return seen
-
-    def _tower(self, tiles_THW3: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The visual tokens of tiles, [n, k, W]."""
-        return self._backbone.see(self.model.model, self.image_processor.normalize_tiles(tiles_THW3), grids)
 
     def _read(self, part: Mapping[str, Any], seen: Mapping[PictureKey, Tensor]) -> Iterator[Tensor]:
         """For each group the hidden states from which its answers come, [n, D]."""
@@ -471,9 +391,8 @@ class AnswerWriter(Writer):
             embeds_BLD = embed(input_ids)
             more: dict[str, Any] = {}
             if group["pictures"]:
-                tokens = [seen[key] if key in seen else self.known[key] for key in group["pictures"]]
-                joined = torch.cat([one.to(embeds_BLD) for one in tokens])
-                embeds_BLD, more = self._backbone.place(self.model.model, input_ids, embeds_BLD, joined)
+                tokens = self.eyes.tokens(group["pictures"], seen, embeds_BLD)
+                embeds_BLD, more = self._backbone.place(self.model.model, input_ids, embeds_BLD, tokens)
             mask = None if branch_BL is None else self._mask(branch_BL, 0 if opened is None else P)
             hidden_BLD = language_model(
                 inputs_embeds=embeds_BLD,

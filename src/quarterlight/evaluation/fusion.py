@@ -1,0 +1,123 @@
+"""The weight of a reranker beside the cosine, chosen for each task on its validation split (U-MARVEL+)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quarterlight.data.retrieval import RetrievalTask
+from quarterlight.errors import InputError, did_you_mean
+from quarterlight.evaluation.retrieval import Encoder, Reranker, RetrievalEvaluator
+from quarterlight.metrics.ranking import METRICS
+from quarterlight.models.settings import RerankerSettings
+from quarterlight.records import Item
+
+SPLIT = "val"
+"""The one split that a weight may be chosen on: on test, it would be an answer that was looked up."""
+
+WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Weights that are tried unless others are given, in [0, 1]; few points, since each is a chance to fit noise."""
+
+METRIC = "mrr"
+"""Of each query in [0, 1], by which they are compared unless another is named: all K places count in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedWeight:
+    """The weight that is best for one task.
+
+    scores: weight -> mean of the metric over the queries that could be scored; at 0 the reranker has no say.
+    num_queries: how many these are.
+    """
+
+    dataset: str
+    task: str
+    weight: float
+    scores: Mapping[float, float]
+    num_queries: int
+
+    @property
+    def label(self) -> str:
+        """``dataset/task``."""
+        return f"{self.dataset}/{self.task}"
+
+
+def check_split(split: str) -> None:
+    """Raises InputError for another split than :data:`SPLIT`."""
+    if split != SPLIT:
+        raise InputError(
+            f"The weight of a reranker is chosen on the split {SPLIT!r} alone, got {split!r}: what was chosen on the "
+            "queries that are measured says nothing about others."
+        )
+
+
+def tune_fusion(
+    embedder: Encoder,
+    reranker: Reranker,
+    tasks: Sequence[RetrievalTask],
+    *,
+    rerank: int,
+    weights: Sequence[float] = WEIGHTS,
+    metric: str = METRIC,
+    on_rerank: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> list[TunedWeight]:
+    """For each task the weight of the reranker that ranks best; of equal ones the smallest.
+
+    Every task is reranked once, whatever the number of weights.
+    tasks: of the split :data:`SPLIT`.  rerank: candidates of each query that are reranked.
+    metric: a name of :data:`quarterlight.metrics.ranking.METRICS`.
+    on_rerank: called with a task's label, how many of its queries are reranked, and how many there are.
+    Raises InputError for tasks of another split, weights outside [0, 1], an unknown metric or a task without queries
+    that can be scored.
+    """
+    for task in tasks:
+        check_split(task.split)
+    if not weights or not all(0 <= weight <= 1 for weight in weights):
+        raise InputError(f"Weights to try are one or more numbers from 0 to 1, got {list(weights)}.")
+    if metric not in METRICS:
+        raise InputError(f"There is no metric {metric!r}. {did_you_mean(metric, METRICS)}")
+    remembering = _Remembering(reranker)
+    evaluator = RetrievalEvaluator(embedder, group_by=(), reranker=remembering, rerank=rerank)
+    tuned = []
+    for task in tasks:
+        scores: dict[float, float] = {}
+        num_queries = 0
+        evaluator.on_rerank = lambda done, total, label=task.label: on_rerank(label, done, total)  # type: ignore[misc]
+        for weight in sorted(set(weights)):
+            evaluator.fusion_weight = weight
+            found = evaluator.evaluate(task).reranked
+            if found is None or not found.num_queries:
+                raise InputError(f"{task.label} has no query that can be scored, so that no weight is better.")
+            scores[weight], num_queries = found.metrics[metric], found.num_queries
+            evaluator.on_rerank = lambda done, total: None
+        remembering.forget()
+        best = max(scores, key=lambda weight: (scores[weight], -weight))
+        tuned.append(
+            TunedWeight(dataset=task.dataset, task=task.task, weight=best, scores=scores, num_queries=num_queries)
+        )
+    return tuned
+
+
+class _Remembering:
+    """A reranker that is asked about every pair once."""
+
+    def __init__(self, reranker: Reranker) -> None:
+        self._reranker = reranker
+        self._score: dict[tuple[Item, Item], float] = {}
+
+    @property
+    def settings(self) -> RerankerSettings:
+        return self._reranker.settings
+
+    def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> npt.NDArray[np.float32]:
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._score]
+        if missing:
+            self._score.update(zip(missing, self._reranker.predict(missing).tolist(), strict=True))
+        return np.array([self._score[pair] for pair in pairs], np.float32)
+
+    def forget(self) -> None:
+        """What was said of a task that is done."""
+        self._score.clear()
