@@ -18,7 +18,8 @@ from PIL import Image
 
 from quarterlight.errors import InputError
 from quarterlight.images import describe, image_size, load_image
-from quarterlight.index import Kind
+from quarterlight.index import Kind, Row
+from quarterlight.index.rows import uri_of
 from quarterlight.records import Item
 from quarterlight.search.sections import Section, markdown_sections, plain_sections
 from quarterlight.search.walk import FoundFile
@@ -56,6 +57,22 @@ class Part:
     thumbnail: bytes = b""
     text: str = ""
     title: str = ""
+
+    def row(self, file: FoundFile, content_hash: str) -> Row:
+        """What the table says of it; what went wrong with other parts of the file is for the caller to add."""
+        return Row(
+            uri=uri_of(file.path),
+            kind=self.kind,
+            part=self.part,
+            size=file.size,
+            mtime_ns=file.mtime_ns,
+            content_hash=content_hash,
+            width=self.width,
+            height=self.height,
+            thumbnail=self.thumbnail,
+            text=self.text,
+            title=self.title,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,19 @@ def read_again(path: str, kind: Kind, part: int) -> Item:
         with _pdfium_lock:
             document.close()
     return Item(image=image, max_tiles=TILES[kind])
+
+
+def place_of(kind: Kind, part: int) -> str:
+    """Where in a file, for the beginning of a reason: ``"page 3 "``, or nothing for a picture."""
+    return {"image": "", "page": f"page {part} ", "text": f"section {part} "}[kind]
+
+
+def reason_of(error: Exception, path: str) -> str:
+    """Why a file cannot be read, for a sentence that begins with its name."""
+    if isinstance(error, InputError):
+        return str(error).removeprefix(describe(path)).strip().rstrip(".")
+    # damaged data trips decoders in ways nobody foresaw; one file must not end the job
+    return f"cannot be read: {type(error).__name__}: {describe(str(error))}"
 
 
 def section_item(title: str, text: str) -> Item:
