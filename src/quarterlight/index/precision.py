@@ -71,7 +71,7 @@ def to_columns(vector_ND: npt.NDArray[np.float32], precision: VectorPrecision) -
     elif precision != "binary":
         columns["vector"] = vector_ND.astype(precision)
     if is_signed(precision):
-        columns["signs"] = signs(vector_ND)
+        columns["signs"] = signs(columns.get("vector", vector_ND))  # of what is kept, so that they can be made again
     return {
         name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(one).reshape(-1)), one.shape[1])
         for name, one in columns.items()
@@ -91,7 +91,7 @@ def from_columns(table: pa.Table, dimension: int, precision: VectorPrecision) ->
     return vector_ND / np.linalg.norm(vector_ND, axis=1, keepdims=True)
 
 
-def signs(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def signs(vector: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """A bit for each number, 1 where it is positive, eight to a byte, the last ones padded with 0."""
     return np.packbits(vector > 0, axis=-1)
 

@@ -166,6 +166,16 @@ class ShardFolder:
         with writable(self.folder):
             _replace(self.folder / "problems.jsonl", "".join(lines))
 
+    def problems(self) -> list[tuple[str, str]]:
+        """What :meth:`write_problems` wrote last; nothing before the first run has ended."""
+        try:
+            lines = (self.folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+            return [(one["path"], one["reason"]) for one in map(json.loads, lines)]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{describe(self.folder / 'problems.jsonl')} cannot be read: {error}.") from error
+
     def read(self, shard: ShardInfo) -> tuple[list[Row], npt.NDArray[np.float32]]:
         """The rows of a shard and their vectors, float32 [rows, dimension]."""
         with readable(self.folder):

@@ -163,7 +163,7 @@ def _read_pages(path: str) -> Iterator[Part | BrokenPart]:
     try:
         with _pdfium_lock:
             num_pages = len(document)
-            title = _clean(document.get_metadata_value("Title"))
+            title = clean(document.get_metadata_value("Title"))
         if not num_pages:
             raise InputError(f"{describe(path)} has no pages.")
         for number in range(1, num_pages + 1):
@@ -180,7 +180,7 @@ def _read_pages(path: str) -> Iterator[Part | BrokenPart]:
                 width=round(size[0]),
                 height=round(size[1]),
                 thumbnail=thumbnail(image),
-                text=_clean(text)[:MAX_PAGE_CHARS],
+                text=clean(text)[:MAX_PAGE_CHARS],
                 title=title,
             )
     finally:
@@ -251,10 +251,10 @@ def _text_parts(path: str, sections: list[Section]) -> Iterator[Part]:
     if not sections:
         raise InputError(f"{describe(path)} is empty: expected a text.")
     for number, (title, text) in enumerate(sections, start=1):
-        yield Part(item=section_item(title, text), kind="text", part=number, text=_clean(text), title=_clean(title))
+        yield Part(item=section_item(title, text), kind="text", part=number, text=clean(text), title=clean(title))
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text that UTF-8 can hold, without control characters other than line breaks and tabs."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", errors="replace").decode()
     return "".join(c for c in text if c >= " " or c in "\n\t").strip()
