@@ -101,15 +101,9 @@ def open_cluster(ray: str | None, workers: int | None, model: str) -> Cluster | 
         if workers is not None:
             raise typer.BadParameter("--workers does nothing without --ray.")
         return None
-    from quarterlight.search.cluster import Cluster
+    from quarterlight.search.cluster import Cluster, embedder_opener
 
-    return Cluster.connect(ray, lambda: _open(model), num_workers=workers)
-
-
-def _open(model: str):  # type: ignore[no-untyped-def]  # on a worker, which then imports torch
-    from quarterlight.models.embedder import Embedder
-
-    return Embedder(model)
+    return Cluster.connect(ray, embedder_opener(model), num_workers=workers)
 
 
 def _print(report: EmbedReport, precision: str, out: Path, quiet: bool) -> None:

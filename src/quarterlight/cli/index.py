@@ -76,14 +76,13 @@ def index(
     if ray is not None and store_visual_tokens is not None:
         raise typer.BadParameter("--ray and --store-visual-tokens do not go together: index without --ray for these.")
     cluster = open_cluster(ray, workers, model)
-    embedder: Encoder
-    if cluster is not None:
-        embedder = cluster.encoder()
-    else:
+    embedder: Encoder | None = None
+    if cluster is None:
         from quarterlight.models.embedder import Embedder
 
         embedder = Embedder(model)
-    target = IndexStore.create(store, identity_of(embedder), precision=precision)
+    identity = identity_of(embedder) if embedder is not None else cluster.identity()
+    target = IndexStore.create(store, identity, precision=precision)
     with console.progress("files", quiet=quiet or as_json) as bar:
         task = bar.add_task("Indexing", total=None)
         report = ingest(

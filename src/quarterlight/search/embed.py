@@ -2,10 +2,10 @@
 
 The work is cut into shards, a shard into groups of decoded parts, small enough to wait in memory or to be sent about:
 
-    decode (shard) -> groups -> encode (model) -> groups with vectors -> collect: a shard is written when it is whole
+    decode (shard) -> groups -> encode (model) -> groups with vectors -> a shard is written when it is whole
 
 On one machine (:class:`Local`) threads decode ahead of the model; :mod:`quarterlight.search.cluster` runs the same two
-functions on the workers of a Ray cluster.  Vectors come back to the process that collects, so that only it must be able
+functions on the workers of a Ray cluster.  Vectors come back to the process that asked, so that only it must be able
 to write, and a shard is written once, whoever worked on it.
 """
 
@@ -154,7 +154,9 @@ def embed(
     shards = remaining(pieces, folder, config)
     num_done -= sum(piece.num_items for shard in shards for piece in shard.pieces)
     on_progress(num_done, report.num_items)
-    for num_items in collect(shards, folder, engine, config):
+    for num_items, groups in whole_shards(shards, engine, config):
+        if groups is not None:
+            _write(groups, folder)
         num_done += num_items
         report.num_embedded += num_items
         on_progress(num_done, report.num_items)
@@ -196,24 +198,28 @@ def remaining(pieces: Sequence[Piece], folder: ShardFolder, config: EmbedConfig)
         else:
             stale.append(info)
     folder.remove(stale)
-    return _cut([piece for piece in pieces if piece.key not in done], config)
+    return cut([piece for piece in pieces if piece.key not in done], config)
 
 
-def collect(shards: Sequence[Shard], folder: ShardFolder, engine: Engine, config: EmbedConfig) -> Iterator[int]:
-    """Writes each shard as soon as all of its groups have come; yields how many files and lines each group finished."""
+def whole_shards(
+    shards: Sequence[Shard], engine: Engine, config: EmbedConfig
+) -> Iterator[tuple[int, list[Group] | None]]:
+    """For each group that comes: how many files and lines it finished, and all groups of its shard if it was the last
+    that was missing."""
     if not shards:
         return
-    waiting: dict[str, dict[int, Group]] = {}
+    waiting: dict[str, dict[int, Group]] = {shard.name: {} for shard in shards}
     for group in engine(shards, config):
-        groups = waiting.setdefault(group.shard.name, {})
-        if group.number in groups:  # a worker that died after it had delivered
-            continue
+        groups = waiting.get(group.shard.name)
+        if groups is None or group.number in groups:
+            continue  # done once more, for a worker that died after it had delivered
         groups[group.number] = group
         last = next((one.number for one in groups.values() if one.is_last), None)
         if last is not None and len(groups) == last + 1:
-            _write([groups[number] for number in range(last + 1)], folder)
+            yield group.num_items, [groups[number] for number in range(last + 1)]
             del waiting[group.shard.name]
-        yield group.num_items
+        else:
+            yield group.num_items, None
     assert not waiting, f"{len(waiting)} shards are not whole"
 
 
@@ -250,6 +256,15 @@ def encode(group: Group, encoder: Encoder) -> Group:
             vectors.append(one)
     vector_ND = np.stack(vectors) if vectors else np.empty((0, encoder.dimension), np.float32)
     return replace(group, entries=entries, vectors=vector_ND, problems=problems)
+
+
+def reasons_of(groups: Sequence[Group]) -> dict[int, list[str]]:
+    """Number of a piece -> what is wrong with it."""
+    reasons: dict[int, list[str]] = {}
+    for group in groups:
+        for number, reason in group.problems:
+            reasons.setdefault(number, []).append(reason)
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -290,7 +305,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _cut(pieces: Sequence[Piece], config: EmbedConfig) -> list[Shard]:
+def cut(pieces: Sequence[Piece], config: EmbedConfig) -> list[Shard]:
     """Runs of pieces of about the wanted size."""
     shards, run, size = [], [], 0
     for piece in pieces:
@@ -342,10 +357,7 @@ def _num_bytes(item: Item | None) -> int:
 def _write(groups: Sequence[Group], folder: ShardFolder) -> None:
     """A whole shard; rows of a file learn what is wrong with other parts of it, as those of an index do."""
     shard = groups[0].shard
-    reasons: dict[int, list[str]] = {}
-    for group in groups:
-        for number, reason in group.problems:
-            reasons.setdefault(number, []).append(reason)
+    reasons = reasons_of(groups)
     entries = [entry for group in groups for entry in group.entries]
     rows = [
         entry.row if is_item(entry.row.uri) else replace(entry.row, problems=tuple(reasons.get(entry.piece, ())))

@@ -27,6 +27,7 @@ from quarterlight.index.rows import is_item, path_of, uri_of
 from quarterlight.index.store import Picture, models_of
 from quarterlight.records import Item
 from quarterlight.search.documents import BrokenPart, Part, place_of, read_again, read_parts, reason_of
+from quarterlight.search.embed import EmbedConfig, Engine, Group, cut, pieces_of, reasons_of, whole_shards
 from quarterlight.search.encoder import Encoder, Eyes, Tokens, encode_each
 from quarterlight.search.reading import ReadAhead
 from quarterlight.search.walk import READERS, FoundFile, Problem, Walk, walk
@@ -115,8 +116,9 @@ class _Document:
 def ingest(
     paths: Iterable[str | os.PathLike[str]],
     store: IndexStore,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
+    engine: Engine | None = None,
     visual_tokens: Precision | None = None,
     config: IngestConfig | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -126,12 +128,16 @@ def ingest(
     A file whose size and time of change are known is taken as unchanged; else its content decides, and content that
     the table knows under another name is not embedded again.  After a normal end the rows below ``paths`` are those of
     the files that can be read, and of those that could not be looked at.
+    engine: embeds instead of ``encoder``, with the same model; it makes no visual tokens, and does not know copies, so
+        that a file under a new name is embedded again.
     visual_tokens: also keep what the encoder's eyes made of pictures and pages, in this precision, for a reranker with
         the same eyes; what is known already but has none is looked at again.  ``None`` keeps them where the store has
         some of these eyes, in the precision they have.
     on_progress: called with the numbers of files done and in all.
-    Raises InputError when one of ``paths`` does not exist, StoreError when another process writes to the store.
+    Raises InputError when one of ``paths`` does not exist, or an engine should make visual tokens, StoreError when
+    another process writes to the store.
     """
+    assert (encoder is None) != (engine is None)
     started = time.monotonic()
     roots = list(paths)
     with store.writing():
@@ -141,7 +147,7 @@ def ingest(
         tokens = _TokenWriter(token_store, config.token_bytes_per_write) if token_store else None
         run = _Run(store, encoder, config, found, tokens, on_progress)
         try:
-            run.embed_and_write()
+            run.embed_and_write() if engine is None else run.embed_with(engine)
             run.fill_visual_tokens()
             run.delete_vanished(roots)
             store.optimize()
@@ -157,8 +163,13 @@ def ingest(
     return run.report
 
 
-def _token_store(store: IndexStore, encoder: Encoder, precision: Precision | None) -> VisualTokenStore | None:
+def _token_store(store: IndexStore, encoder: Encoder | None, precision: Precision | None) -> VisualTokenStore | None:
     """Where visual tokens are kept, if they are."""
+    if encoder is None and (precision is not None or VisualTokenStore.any_in(store.folder)):
+        raise InputError(
+            f"The index in {describe(store.folder)} keeps visual tokens, which are not made on a cluster: index without "
+            "--ray, or into another index with --store."
+        )
     if precision is not None:
         return VisualTokenStore.create(store.folder, cast(Eyes, encoder).vision_hash, precision)
     if not VisualTokenStore.any_in(store.folder):
@@ -214,7 +225,7 @@ class _Run:
     def __init__(
         self,
         store: IndexStore,
-        encoder: Encoder,
+        encoder: Encoder | None,
         config: IngestConfig,
         found: Walk,
         tokens: _TokenWriter | None,
@@ -240,10 +251,7 @@ class _Run:
 
     def embed_and_write(self) -> None:
         """Reads, embeds and writes what is not known yet.  What is complete is written even when stopped half-way."""
-        for uri in self.files.keys() - self.fresh.keys():
-            self._report_broken(self.files[uri].path, self.known[uri].problems)
-            if uri not in self.blind:
-                self._done("unchanged")
+        self._pass_over_known()
         documents: list[_Document] = []
         parts: list[Part | None] = []
         # made one by one and dropped when written: they hold rows
@@ -265,6 +273,24 @@ class _Run:
             raise
         finally:
             reading.stop()
+
+    def embed_with(self, engine: Engine) -> None:
+        """The same on a cluster, in shards, of which the whole ones are written when stopped half-way."""
+        self._pass_over_known()
+        config = EmbedConfig()
+        try:
+            for _, groups in whole_shards(cut(pieces_of(self.fresh.values()), config), engine, config):
+                if groups is not None:
+                    for document in _documents(groups):
+                        self._finish(document)
+        finally:
+            self._commit()
+
+    def _pass_over_known(self) -> None:
+        for uri in self.files.keys() - self.fresh.keys():
+            self._report_broken(self.files[uri].path, self.known[uri].problems)
+            if uri not in self.blind:
+                self._done("unchanged")
 
     def _parts(self, document: _Document) -> Iterator[tuple[_Document, Part | None]]:
         """A document with each of its parts, and with ``None`` at its end."""
@@ -385,6 +411,7 @@ class _Run:
         return encode_each(self._encode_all, items)
 
     def _encode_all(self, items: Sequence[Item]) -> Sequence[_Encoded]:
+        assert self.encoder is not None
         if self.tokens is None:
             return [_Encoded(vector, None) for vector in self.encoder.encode_document(items)]
         vectors, tokens = cast(Eyes, self.encoder).encode_document_with_visual_tokens(items)
@@ -446,6 +473,20 @@ class _Run:
             setattr(self.report, what, getattr(self.report, what) + 1)
         self.num_done += 1
         self.on_progress(self.num_done, len(self.files))
+
+
+def _documents(groups: Sequence[Group]) -> list[_Document]:
+    """The files of a whole shard, with their rows and vectors."""
+    documents = [_Document(piece.file, uri_of(piece.file.path)) for piece in groups[0].shard.pieces]
+    for number, reasons in reasons_of(groups).items():
+        documents[number].broken += reasons
+    for group in groups:
+        assert group.vectors is not None
+        for entry, vector in zip(group.entries, group.vectors, strict=True):
+            documents[entry.piece].rows.append(entry.row)
+            documents[entry.piece].vectors.append(vector)
+            documents[entry.piece].content_hash = entry.row.content_hash
+    return documents
 
 
 def _reader_of(uri: str) -> str | None:
