@@ -118,6 +118,20 @@ def test_changed_new_and_vanished_files(tmp_path: Path, corpus: Path) -> None:
     assert [Path(problem.path).name for problem in report.problems] == ["fruit.pdf"], "bad.png is mended"
 
 
+def test_index_by_an_engine(tmp_path: Path, corpus: Path) -> None:
+    """As `index --ray` does; a cluster only is another engine."""
+    stores = [IndexStore.create(tmp_path / name, identity_of(FakeEncoder())) for name in ("engine", "alone")]
+    there = ingest([corpus], stores[1], FakeEncoder())
+    report = ingest([corpus], stores[0], None, engine=Local(FakeEncoder()))
+    assert rows_of(stores[0]) == rows_of(stores[1])
+    assert (report.new, report.problems) == (there.new, there.problems) and report.num_rows == 7
+    (corpus / "notes.md").unlink()
+    report = ingest([corpus], stores[0], None, engine=Local(encoder := FakeEncoder()))
+    assert (report.unchanged, report.deleted, report.num_rows, encoder.num_encoded) == (4, 1, 5, 0)
+    with pytest.raises(InputError, match="visual tokens, which are not made on a cluster"):
+        ingest([corpus], stores[0], None, engine=Local(FakeEncoder()), visual_tokens="int8")
+
+
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Path:
     """A list in which lines 3 and on are bad in all ways."""

@@ -166,10 +166,15 @@ class IndexStore:
             folder.mkdir(parents=True, exist_ok=True)
             manifest = folder / f"{model.table_name}.json"
             columns = schema(model.dimension, kept)
-            table = connect(folder).create_table(model.table_name, schema=columns, exist_ok=True)
+            database = connect(folder)
+            try:
+                table = database.create_table(model.table_name, schema=columns, exist_ok=True)
+            except ValueError:
+                if existing is not None:
+                    raise
+                # left in another precision by a process that was killed before it wrote the manifest
+                table = database.create_table(model.table_name, schema=columns, mode="overwrite")
             if existing is None:
-                if table.schema.types != columns.types:  # left by a process that was killed before it wrote the manifest
-                    table = connect(folder).create_table(model.table_name, schema=columns, mode="overwrite")
                 created = datetime.datetime.now(datetime.UTC).isoformat()
                 unfinished = manifest.with_suffix(".tmp")
                 content = {"model": asdict(model), "precision": kept, "created": created}

@@ -9,6 +9,7 @@ process writes.
 from __future__ import annotations
 
 import functools
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,11 @@ class Cluster:
         """
         import ray
 
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it tells of every run that it began and ended
         if not ray.is_initialized():
+            options = {"include_dashboard": False} if address == "local" else {}
             try:
-                ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split()).rstrip(".")
                 raise InputError(
@@ -80,6 +83,7 @@ class Cluster:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        context.target_max_block_size = config.bytes_per_group  # or a model waits until a whole shard is decoded
         data = ray.data.from_items(
             [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS)
         )
