@@ -194,9 +194,7 @@ def test_vector_index_finds_what_exact_search_finds(tmp_path: Path, dimension: i
         assert hits / (10 * len(queries)) >= 0.95
 
 
-@pytest.mark.parametrize(
-    ("precision", "recall"), [("float16", 0.99), ("int8", 0.95), ("binary", 0.3)]
-)
+@pytest.mark.parametrize(("precision", "recall"), [("float16", 0.99), ("int8", 0.95), ("binary", 0.3)])
 def test_precisions_find_what_float32_finds(
     tmp_path: Path, precision: VectorPrecision, recall: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

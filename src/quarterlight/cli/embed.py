@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 RayOption = Annotated[
     str | None,
     typer.Option(
-        "--ray", help="Run on a Ray cluster: its address (auto, HOST:PORT, ray://...), or `local` for one on this machine."
+        "--ray",
+        help="Run on a Ray cluster: its address (auto, HOST:PORT, ray://...), or `local` for one on this machine.",
     ),
 ]
 WorkersOption = Annotated[

@@ -68,7 +68,9 @@ def index(
     if shards is not None:
         for name, value in (("PATHS", paths), ("--ray", ray), ("--store-visual-tokens", store_visual_tokens)):
             if value:
-                raise typer.BadParameter(f"{name} and --from do not go together: --from only takes up what is embedded.")
+                raise typer.BadParameter(
+                    f"{name} and --from do not go together: --from only takes up what is embedded."
+                )
         _load(shards, store, precision, strict=strict, as_json=as_json, quiet=quiet)
         return
     if not paths:

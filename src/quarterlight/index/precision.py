@@ -1,8 +1,8 @@
 """In how many bits a table keeps each number of a vector, and what a search makes of them.
 
     float32, float16   a column ``vector`` of these numbers, which LanceDB compares with the query
-    int8               ``vector`` as whole numbers, and ``signs``: those proposed by their signs are ranked by ``vector``
-    binary             only ``signs``, a bit for each number: those proposed by them are ranked by the query's own numbers
+    int8               ``vector`` as whole numbers, and ``signs``: rows proposed by these are ranked by ``vector``
+    binary             only ``signs``, a bit for each number: rows proposed by them are ranked by the query's numbers
 
 The bits are those of sentence-transformers' ``quantize_embeddings(precision="ubinary")``.  Its int8 needs the range of
 each column over the whole corpus, which a growing table does not have; here each vector is stretched to its own range,
@@ -48,9 +48,7 @@ def is_signed(precision: VectorPrecision) -> bool:
 def vector_fields(dimension: int, precision: VectorPrecision) -> list[pa.Field]:
     """The columns that hold the vectors of a table."""
     widths = {"vector": dimension, "signs": -(-dimension // 8)}
-    return [
-        pa.field(name, pa.list_(kind, widths[name]), nullable=False) for name, kind in _COLUMNS[precision].items()
-    ]
+    return [pa.field(name, pa.list_(kind, widths[name]), nullable=False) for name, kind in _COLUMNS[precision].items()]
 
 
 def bytes_per_vector(dimension: int, precision: VectorPrecision) -> int:

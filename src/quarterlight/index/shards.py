@@ -4,8 +4,8 @@
     FOLDER/shards/<hash>.parquet     some rows with their vectors, columns as in quarterlight.index.rows
     FOLDER/problems.jsonl            what could not be embedded, and why, when the last run ended
 
-A shard holds all rows of some pieces (a piece is a file, or some lines of a list of items) and says in its metadata which
-these are, so that a later run knows what is done already.  It appears under its name when it is complete.
+A shard holds all rows of some pieces (a piece is a file, or some lines of a list of items) and says in its metadata
+which these are, so that a later run knows what is done already.  It appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ShardFolder:
             raise StoreError(f"{describe(manifest)} does not describe embeddings: {error}.") from error
 
     def shards(self) -> list[ShardInfo]:
-        """All shards, in order of their names.  Raises StoreError for one that cannot be read or is of another model."""
+        """All shards, in order of their names.  Raises StoreError for one that is damaged or of another model."""
         return [self._info(path) for path in sorted((self.folder / "shards").glob("*.parquet"))]
 
     def write(
@@ -181,7 +181,9 @@ class ShardFolder:
         with readable(self.folder):
             table = pq.read_table(shard.path)
             vector_ND = from_columns(table, self.model.dimension, self.precision)
-            return [from_record(record) for record in table.select(list(Row.__dataclass_fields__)).to_pylist()], vector_ND
+            return [
+                from_record(record) for record in table.select(list(Row.__dataclass_fields__)).to_pylist()
+            ], vector_ND
 
     def size_in_bytes(self, num_rows: int) -> int:
         """What the numbers of so many vectors take, uncompressed."""

@@ -157,9 +157,9 @@ class IndexStore:
         existing = precision_of(folder, model)
         if precision is not None and existing not in (None, precision):
             raise StoreError(
-                f"The index in {describe(folder)} keeps vectors of this model as {existing}, not as {precision}, and an "
-                f"index cannot mix the two. Leave out --precision to go on in {existing}, or make another index with "
-                "--store."
+                f"The index in {describe(folder)} keeps vectors of this model as {existing}, not as {precision}, and "
+                f"an index cannot mix the two. Leave out --precision to go on in {existing}, or make another index "
+                "with --store."
             )
         kept = existing or precision or "float32"
         with writable(folder):
@@ -371,7 +371,9 @@ def _read_manifest(manifest: Path) -> tuple[str, ModelIdentity, VectorPrecision]
         check_precision(precision)
         return content["created"], ModelIdentity(**content["model"]), precision
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{describe(manifest)} does not describe an index: {error}. Remove it to index anew.") from error
+        raise StoreError(
+            f"{describe(manifest)} does not describe an index: {error}. Remove it to index anew."
+        ) from error
 
 
 def _of(uris: Collection[str]) -> Expr:

@@ -171,7 +171,10 @@ def embed(
 
 
 def problems_of(folder: ShardFolder, new: Sequence[Shard]) -> list[Problem]:
-    """What a folder tells of problems; new: the shards of this run, which tell of what failed before and was tried again."""
+    """What a folder tells of problems.
+
+    new: the shards of this run, which tell of what failed as a whole before and was tried again.
+    """
     names = {shard.name for shard in new}
     return [
         Problem(problem.path, problem.reason)
@@ -274,9 +277,7 @@ class Local:
     encoder: Encoder
 
     def __call__(self, shards: Sequence[Shard], config: EmbedConfig, /) -> Iterator[Group]:
-        reading = ReadAhead(
-            shards, lambda shard: decode(shard, config), num_threads=config.num_readers, num_waiting=1
-        )
+        reading = ReadAhead(shards, lambda shard: decode(shard, config), num_threads=config.num_readers, num_waiting=1)
         try:
             for group in reading:
                 yield encode(group, self.encoder)

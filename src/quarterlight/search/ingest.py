@@ -167,8 +167,8 @@ def _token_store(store: IndexStore, encoder: Encoder | None, precision: Precisio
     """Where visual tokens are kept, if they are."""
     if encoder is None and (precision is not None or VisualTokenStore.any_in(store.folder)):
         raise InputError(
-            f"The index in {describe(store.folder)} keeps visual tokens, which are not made on a cluster: index without "
-            "--ray, or into another index with --store."
+            f"The index in {describe(store.folder)} keeps visual tokens, which are not made on a cluster: index "
+            "without --ray, or into another index with --store."
         )
     if precision is not None:
         return VisualTokenStore.create(store.folder, cast(Eyes, encoder).vision_hash, precision)
@@ -256,9 +256,7 @@ class _Run:
         parts: list[Part | None] = []
         # made one by one and dropped when written: they hold rows
         fresh = (_Document(file, uri) for uri, file in self.fresh.items())
-        reading = ReadAhead(
-            fresh, self._parts, num_threads=self.config.num_readers, num_waiting=self.config.batch_size
-        )
+        reading = ReadAhead(fresh, self._parts, num_threads=self.config.num_readers, num_waiting=self.config.batch_size)
         try:
             for document, part in reading:
                 documents.append(document)

@@ -26,8 +26,8 @@ _FIELDS = ("id", "text", "image", "instruction", "max_tiles")
 
 
 class Lines(NamedTuple):
-    """Some lines of a list: the number of the first, from 1; where they begin in the file, and their size, in bytes; how
-    many; the numbers of those whose id an earlier line has; and a hash of all this and the lines themselves."""
+    """Some lines of a list: the number of the first, from 1; where they begin in the file, and their size, in bytes;
+    how many; the numbers of those whose id an earlier line has; and a hash of all this and the lines themselves."""
 
     first: int
     start: int
@@ -82,7 +82,7 @@ def split_list(path: str, lines_per_piece: int, seen: set[bytes]) -> Iterator[Li
 
 
 def read_items(path: str, lines: Lines) -> Iterator[ListedItem | BrokenLine]:
-    """The items in some lines of a list; empty lines are passed over.  Raises InputError when the file is unreadable."""
+    """The items in some lines of a list; empty lines are passed over.  Raises InputError when it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             file.seek(lines.start)

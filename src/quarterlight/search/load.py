@@ -38,8 +38,8 @@ def check_can_load(shards: ShardFolder, store: IndexStore) -> None:
     if VECTOR_PRECISIONS.index(shards.precision) > VECTOR_PRECISIONS.index(store.precision):
         raise StoreError(
             f"{describe(shards.folder)} holds embeddings as {shards.precision}, too coarse for the index in "
-            f"{describe(store.folder)}, which keeps them as {store.precision}: an index cannot mix the two. Embed again "
-            f"with --precision {store.precision}, or make another index with --store."
+            f"{describe(store.folder)}, which keeps them as {store.precision}: an index cannot mix the two. Embed "
+            f"again with --precision {store.precision}, or make another index with --store."
         )
 
 
