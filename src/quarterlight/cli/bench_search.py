@@ -72,12 +72,12 @@ def bench_search(
     quarterlight bench search --rows 100000 --precision float32 --precision int8 --precision binary
     """
     kept = precision or ["float32"]
-    for one in kept:
-        check_precision(one)
-    latencies = []
+    for name in kept:
+        check_precision(name)
+    latencies: list[Latency] = []
     for number in [0] if shards else rows or [10_000, 100_000]:
         vector_ND, query_QD = _embedded(shards, queries) if shards else _random(number, dimension, queries)
-        latencies += [_latency(vector_ND, query_QD, one) for one in kept]
+        latencies += [_latency(vector_ND, query_QD, name) for name in kept]
         dimension = vector_ND.shape[1]
     columns = (
         "rows",

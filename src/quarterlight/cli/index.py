@@ -79,11 +79,13 @@ def index(
         raise typer.BadParameter("--ray and --store-visual-tokens do not go together: index without --ray for these.")
     cluster = open_cluster(ray, workers, model)
     embedder: Encoder | None = None
-    if cluster is None:
+    if cluster is not None:
+        identity = cluster.identity()
+    else:
         from quarterlight.models.embedder import Embedder
 
         embedder = Embedder(model)
-    identity = identity_of(embedder) if embedder is not None else cluster.identity()
+        identity = identity_of(embedder)
     target = IndexStore.create(store, identity, precision=precision)
     with console.progress("files", quiet=quiet or as_json) as bar:
         task = bar.add_task("Indexing", total=None)

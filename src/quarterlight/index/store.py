@@ -138,8 +138,9 @@ class IndexStore:
                 "vectors cannot be compared. Choose the model of the index with --model, or run `quarterlight index` "
                 "again with this one."
             )
+        precision = precision_of(folder, model) or "float32"
         with readable(folder):
-            return cls(folder, model, connect(folder).open_table(model.table_name), precision_of(folder, model))
+            return cls(folder, model, connect(folder).open_table(model.table_name), precision)
 
     @classmethod
     def create(
@@ -274,7 +275,8 @@ class IndexStore:
             stats = self._table.index_stats(_VECTOR_INDEX)
             num_outside = self._table.count_rows() if stats is None else stats.num_unindexed_rows
             if num_outside > MAX_FLAT_ROWS:
-                column, config = "vector", IvfFlat(distance_type="cosine")
+                column: str = "vector"
+                config: IvfFlat | IvfRq = IvfFlat(distance_type="cosine")
                 if is_signed(self.precision):
                     column, config = "signs", IvfFlat(distance_type="hamming")
                 elif self.model.dimension % 8 == 0:  # RaBitQ packs the signs of eight dimensions in a byte

@@ -54,7 +54,7 @@ class Cluster:
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it tells of every run that it began and ended
         if not ray.is_initialized():
-            options = {"include_dashboard": False} if address == "local" else {}
+            options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -84,10 +84,10 @@ class Cluster:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.target_max_block_size = config.bytes_per_group  # or a model waits until a whole shard is decoded
-        data = ray.data.from_items(
+        data: ray.data.Dataset = ray.data.from_items(
             [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS)
         )
-        one = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+        one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
         data = data.map_batches(
             _Decoder,
             fn_constructor_args=(config,),
@@ -108,7 +108,7 @@ class Cluster:
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from error
 
-    def _resources(self) -> tuple[int, dict[str, float], int, dict[str, float]]:
+    def _resources(self) -> tuple[int, dict[str, Any], int, dict[str, Any]]:
         """How many models, what each claims, how many actors that decode at most, and what each of them claims."""
         import ray
 

@@ -248,8 +248,11 @@ def encode(group: Group, encoder: Encoder) -> Group:
     """The group with a vector for each entry that the model accepts; the pictures are let go of."""
     items = [entry.item for entry in group.entries if entry.item is not None]
     assert len(items) == len(group.entries)
-    entries, vectors, problems = [], [], list(group.problems)
-    for entry, one in zip(group.entries, encode_each(encoder.encode_document, items), strict=True):
+    entries: list[Entry] = []
+    vectors: list[npt.NDArray[np.float32]] = []
+    problems = list(group.problems)
+    encoded: list[npt.NDArray[np.float32] | str] = encode_each(encoder.encode_document, items)
+    for entry, one in zip(group.entries, encoded, strict=True):
         if isinstance(one, str):
             listed = is_item(entry.row.uri)
             place = f"id {describe(entry.id)}: " if listed else place_of(entry.row.kind, entry.row.part)
@@ -308,7 +311,9 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 def cut(pieces: Sequence[Piece], config: EmbedConfig) -> list[Shard]:
     """Runs of pieces of about the wanted size."""
-    shards, run, size = [], [], 0
+    shards: list[Shard] = []
+    run: list[Piece] = []
+    size = 0
     for piece in pieces:
         is_pdf = piece.file.reader == "pdf"
         weight = 1 + piece.file.size // _BYTES_PER_PAGE if is_pdf else piece.num_items

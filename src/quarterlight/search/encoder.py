@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -94,7 +94,7 @@ def identity_of(encoder: Encoder) -> ModelIdentity:
     return ModelIdentity(name=encoder.name, hash=encoder.model_hash, dimension=encoder.dimension)
 
 
-def encode_each(encode: Callable[[Sequence[Item]], Sequence[Encoded]], items: Sequence[Item]) -> list[Encoded | str]:
+def encode_each(encode: Callable[[Sequence[Item]], Iterable[Encoded]], items: Sequence[Item]) -> list[Encoded | str]:
     """What ``encode`` makes of each item, or why it refuses that one; it is asked one by one where it refuses some."""
     if not items:
         return []
