@@ -29,11 +29,11 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_precisions_and_real_vectors(tmp_path: Path) -> None:
     model = ModelIdentity(name="m", hash="ab" * 32, dimension=16)
-    vectors = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
+    vectors = np.random.default_rng(0).normal(size=(160, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     row = Row(uri="file:///a", kind="image", part=0, size=1, mtime_ns=1, content_hash="c")
     folder = ShardFolder.create(tmp_path / "shards", model)
-    folder.write("a", [row] * 60, vectors, ids=["x"] * 60, done=[], failed=[], problems=[])
+    folder.write("a", [row] * 160, vectors, ids=["x"] * 160, done=[], failed=[], problems=[])
     arguments = ["bench", "search", "--from", str(tmp_path / "shards"), "--queries", "5"]
     for precision in VECTOR_PRECISIONS:
         arguments += ["--precision", precision]
@@ -41,7 +41,7 @@ def test_precisions_and_real_vectors(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     latencies = json.loads(result.stdout.splitlines()[-1])["latencies"]
     assert [one["precision"] for one in latencies] == list(VECTOR_PRECISIONS)
-    assert all(one["rows"] == 50 for one in latencies)
-    assert [round(one["vector_mb"] * 2**20) for one in latencies] == [3200, 1600, 900, 100]
+    assert all(one["rows"] == 150 for one in latencies)
+    assert [round(one["vector_mb"] * 2**20) for one in latencies] == [9600, 4800, 2700, 300]
     assert latencies[0]["recall_at_10"] == 1 and latencies[2]["recall_at_10"] >= 0.9
-    assert CliRunner().invoke(program(), [*arguments[:4], "--queries", "50"]).exit_code == 1
+    assert CliRunner().invoke(program(), [*arguments[:4], "--queries", "80"]).exit_code == 1

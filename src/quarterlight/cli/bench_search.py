@@ -134,7 +134,7 @@ def _embedded(folder: Path, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
 
     shards = ShardFolder.open(folder)
     vector_ND = np.unique(np.concatenate([shards.read(info)[1] for info in shards.shards()]), axis=0)
-    if len(vector_ND) < 2 * num_queries + 10:
+    if len(vector_ND) < 2 * num_queries + 110:  # ten and more in each of ten folders
         raise InputError(
             f"{describe(folder)} has {len(vector_ND)} distinct vectors, too few for {num_queries} queries."
         )
