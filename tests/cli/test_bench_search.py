@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from quarterlight.cli.main import program
-from quarterlight.index import store
+from quarterlight.index import VECTOR_PRECISIONS, ModelIdentity, Row, store
+from quarterlight.index.shards import ShardFolder
 
 
 def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +25,23 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in record["latencies"]:
         assert one["recall_at_10"] >= 0.9 and one["filtered_recall_at_10"] >= 0.9
         assert 0 < one["p50_ms"] <= one["p95_ms"]
+
+
+def test_precisions_and_real_vectors(tmp_path: Path) -> None:
+    model = ModelIdentity(name="m", hash="ab" * 32, dimension=16)
+    vectors = np.random.default_rng(0).normal(size=(160, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    row = Row(uri="file:///a", kind="image", part=0, size=1, mtime_ns=1, content_hash="c")
+    folder = ShardFolder.create(tmp_path / "shards", model)
+    folder.write("a", [row] * 160, vectors, ids=["x"] * 160, done=[], failed=[], problems=[])
+    arguments = ["bench", "search", "--from", str(tmp_path / "shards"), "--queries", "5"]
+    for precision in VECTOR_PRECISIONS:
+        arguments += ["--precision", precision]
+    result = CliRunner().invoke(program(), arguments)
+    assert result.exit_code == 0, result.stderr
+    latencies = json.loads(result.stdout.splitlines()[-1])["latencies"]
+    assert [one["precision"] for one in latencies] == list(VECTOR_PRECISIONS)
+    assert all(one["rows"] == 150 for one in latencies)
+    assert [round(one["vector_mb"] * 2**20) for one in latencies] == [9600, 4800, 2700, 300]
+    assert latencies[0]["recall_at_10"] == 1 and latencies[2]["recall_at_10"] >= 0.9
+    assert CliRunner().invoke(program(), [*arguments[:4], "--queries", "80"]).exit_code == 1

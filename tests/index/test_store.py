@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quarterlight.errors import InputError, StoreError
-from quarterlight.index import IndexStore, Kind, ModelIdentity, Row
+from quarterlight.index import VECTOR_PRECISIONS, IndexStore, Kind, ModelIdentity, Row, VectorPrecision
 from quarterlight.index import store as store_module
 from quarterlight.index.rows import path_of, uri_of
 from quarterlight.index.store import models_of
@@ -192,6 +192,71 @@ def test_vector_index_finds_what_exact_search_finds(tmp_path: Path, dimension: i
             assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
             hits += len(set(exact) & {position[match.row.uri] for match in found})
         assert hits / (10 * len(queries)) >= 0.95
+
+
+@pytest.mark.parametrize(("precision", "recall"), [("float16", 0.99), ("int8", 0.95), ("binary", 0.3)])
+def test_precisions_find_what_float32_finds(
+    tmp_path: Path, precision: VectorPrecision, recall: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a vector index, and in one folder of ten."""
+    monkeypatch.setattr(store_module, "MAX_FLAT_ROWS", 1500)
+    model = ModelIdentity(name="m", hash="ef" * 32, dimension=100)  # no whole number of bytes of signs
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(20, 100))
+    vectors = (centres[rng.integers(20, size=2000)] + 0.5 * rng.normal(size=(2000, 100))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [row(f"/{i % 10}/{i}.png") for i in range(2000)]
+    store = IndexStore.create(tmp_path, model, precision=precision)
+    with store.writing():
+        store.upsert(rows[:1500], vectors[:1500])
+        store.upsert(rows[1500:], vectors[1500:])
+        for indexed in (False, True):
+            if indexed:
+                store.optimize()
+                (index,) = store._table.list_indices()
+                assert index.index_type.upper().replace("_", "") == ("IVFFLAT")
+            for within, allowed in ((None, np.arange(2000)), ("/3", np.arange(3, 2000, 10))):
+                hits = 0
+                for query in vectors[::100]:
+                    exact = allowed[np.argsort(-(vectors[allowed] @ query))[:10]]
+                    found = IndexStore.open(tmp_path, model).search(query, within=within)
+                    assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
+                    hits += len({int(path_of(match.row.uri).stem) for match in found} & set(exact))
+                assert hits / 200 >= recall
+    found = store.search(vectors[7], top_k=1)[0]
+    assert found.row == rows[7]
+    if precision != "binary":
+        assert found.score == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", VECTOR_PRECISIONS)
+def test_vectors_can_be_written_again(tmp_path: Path, precision: VectorPrecision) -> None:
+    model = ModelIdentity(name="m", hash="ef" * 32, dimension=20)
+    store = IndexStore.create(tmp_path, model, precision=precision)
+    vectors = unit(3, 20)
+    store.upsert([row("/a.pdf", part, "page") for part in (1, 2, 3)], vectors)
+    before = store._table.to_arrow().sort_by("part")
+    rows, stored = store.rows([uri_of("/a.pdf")])
+    order = np.argsort([row.part for row in rows])
+    assert np.all((stored[order] * vectors).sum(axis=1) > {"binary": 0.7}.get(precision, 0.999))
+    store.upsert(rows, stored)
+    assert store._table.to_arrow().sort_by("part").equals(before)
+    per_vector = {"float32": 80, "float16": 40, "int8": 23, "binary": 3}
+    assert store.size_in_bytes() == 3 * per_vector[precision]
+
+
+def test_precisions_are_not_mixed(tmp_path: Path) -> None:
+    assert IndexStore.create(tmp_path, MODEL, precision="int8").precision == "int8"
+    assert IndexStore.create(tmp_path, MODEL).precision == IndexStore.open(tmp_path, MODEL).precision == "int8"
+    with pytest.raises(StoreError, match=r"as int8, not as float32.*Leave out --precision.*--store"):
+        IndexStore.create(tmp_path, MODEL, precision="float32")
+    with pytest.raises(InputError, match="Did you mean 'int8'"):
+        IndexStore.create(tmp_path, MODEL, precision="int4")  # type: ignore[arg-type]
+    manifest = next(tmp_path.glob("vectors_*.json"))
+    manifest.unlink()
+    assert IndexStore.create(tmp_path, MODEL, precision="binary").search(unit(1)[0]) == []
+    manifest.write_text(manifest.read_text().replace('"precision": "binary",', ""))
+    assert IndexStore.open(tmp_path, MODEL).precision == "float32", "what older versions wrote"
 
 
 def test_index_is_rebuilt_when_many_rows_are_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,9 @@ import numpy as np
 import typer
 
 from quarterlight.cli import console
+from quarterlight.errors import InputError
+from quarterlight.images import describe
+from quarterlight.index.precision import check_precision
 
 if TYPE_CHECKING:
     from quarterlight.index import IndexStore
@@ -28,9 +31,12 @@ class Latency:
     """Searches over so many rows.  Times in ms; recall is that of the exact ten nearest.
 
     scan_ms: the same search by one NumPy product over vectors in memory: no disk, no rows, nothing but arithmetic.
+    vector_mb: what the vectors take in this precision, uncompressed; 2^20 bytes.
     """
 
     rows: int
+    precision: str
+    vector_mb: float
     build_s: float
     p50_ms: float
     p95_ms: float
@@ -45,6 +51,13 @@ def bench_search(
         list[int] | None, typer.Option(help="Rows; may be given twice.", show_default="10000, 100000")
     ] = None,
     dimension: Annotated[int, typer.Option(min=8, help="Columns of a vector.")] = 256,
+    shards: Annotated[
+        Path | None, typer.Option("--from", help="Real vectors, from `quarterlight embed`; some of them are queries.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="How vectors are kept; may be repeated.", show_default="float32"),
+    ] = None,
     queries: Annotated[int, typer.Option(min=1, help="Searches that are timed; as many again warm up.")] = 200,
     model: Annotated[str | None, typer.Option(help="Also time the embedding of a query with this model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON record to this file.")] = None,
@@ -52,14 +65,24 @@ def bench_search(
     """Time warm searches of an index on disk, with results and thumbnails, and compare them with exact search.
 
     Vectors are random points around random centres, one hundred to a centre; queries are new points of the same kind.
-    Filtered searches look into one of ten folders.
+    Filtered searches look into one of ten folders. Recall is that of the ten nearest by float32 vectors.
 
     \b
     quarterlight bench search --model nano --out benchmarks/results/search.json
+    quarterlight bench search --rows 100000 --precision float32 --precision int8 --precision binary
     """
-    latencies = [_latency(number, dimension, queries) for number in rows or [10_000, 100_000]]
+    kept = precision or ["float32"]
+    for name in kept:
+        check_precision(name)
+    latencies: list[Latency] = []
+    for number in [0] if shards else rows or [10_000, 100_000]:
+        vector_ND, query_QD = _embedded(shards, queries) if shards else _random(number, dimension, queries)
+        latencies += [_latency(vector_ND, query_QD, name) for name in kept]
+        dimension = vector_ND.shape[1]
     columns = (
         "rows",
+        "vectors as",
+        "MB",
         "build s",
         "p50 ms",
         "p95 ms",
@@ -71,7 +94,13 @@ def bench_search(
     table = console.table(*columns, title=f"Warm search, top 10, {dimension} dimensions", right=columns)
     for one in latencies:
         cells = (one.p50_ms, one.p95_ms, one.recall_at_10, one.filtered_p50_ms, one.filtered_recall_at_10, one.scan_ms)
-        table.add_row(f"{one.rows:,}", f"{one.build_s:.1f}", *(f"{cell:.3g}" for cell in cells))
+        table.add_row(
+            f"{one.rows:,}",
+            one.precision,
+            f"{one.vector_mb:.1f}",
+            f"{one.build_s:.1f}",
+            *(f"{cell:.3g}" for cell in cells),
+        )
     console.out.print(table)
     console.out.print("scan: the exact search by one product of a matrix in memory, the floor of a flat search.")
     embed_ms = _embed_ms(model, queries) if model else None
@@ -79,34 +108,62 @@ def bench_search(
         console.out.print(f"Embedding a query of five words with {model}: {embed_ms:.1f} ms more.")
     record = {
         "benchmark": "search",
-        "settings": {"dimension": dimension, "queries": queries, "model": model, "payload_bytes": THUMBNAIL_BYTES},
+        "settings": {
+            "dimension": dimension,
+            "queries": queries,
+            "vectors": shards.name if shards else "random",
+            "model": model,
+            "payload_bytes": THUMBNAIL_BYTES,
+        },
         "latencies": [asdict(one) for one in latencies],
         "query_embedding_p50_ms": embed_ms,
     }
     console.print_record(record, out)
 
 
-def _latency(num_rows: int, dimension: int, num_queries: int) -> Latency:
+def _random(num_rows: int, dimension: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors, and twice as many queries as are timed."""
     rng = np.random.default_rng(0)
     centre_CD = rng.normal(size=(max(1, num_rows // 100), dimension)).astype(np.float32)
-    vector_ND = _points(centre_CD, num_rows, rng)
-    query_QD = _points(centre_CD, 2 * num_queries, rng)
+    return _points(centre_CD, num_rows, rng), _points(centre_CD, 2 * num_queries, rng)
+
+
+def _embedded(folder: Path, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct vectors of some shards, and twice as many others, drawn from among them, as queries."""
+    from quarterlight.index.shards import ShardFolder
+
+    shards = ShardFolder.open(folder)
+    vector_ND = np.unique(np.concatenate([shards.read(info)[1] for info in shards.shards()]), axis=0)
+    if len(vector_ND) < 2 * num_queries + 110:  # ten and more in each of ten folders
+        raise InputError(
+            f"{describe(folder)} has {len(vector_ND)} distinct vectors, too few for {num_queries} queries."
+        )
+    order = np.random.default_rng(0).permutation(len(vector_ND))
+    return vector_ND[order[2 * num_queries :]], vector_ND[order[: 2 * num_queries]]
+
+
+def _latency(vector_ND: np.ndarray, query_QD: np.ndarray, precision: Any) -> Latency:
+    rng = np.random.default_rng(0)
+    num_rows = len(vector_ND)
     with tempfile.TemporaryDirectory() as folder, console.progress("rows") as bar:
         start = time.perf_counter()
-        store = _fill(folder, vector_ND, rng, bar)
+        store = _fill(folder, vector_ND, precision, rng, bar)
         build_s = time.perf_counter() - start
+        vector_mb = store.size_in_bytes() / 2**20
         everywhere = np.arange(num_rows)
         seconds, recall = _search(store, query_QD, vector_ND, everywhere, None)
         filtered_seconds, filtered_recall = _search(store, query_QD, vector_ND, everywhere[::10], "/bench/0")
     return Latency(
         rows=num_rows,
+        precision=precision,
+        vector_mb=vector_mb,
         build_s=build_s,
         p50_ms=1e3 * statistics.median(seconds),
         p95_ms=1e3 * float(np.quantile(seconds, 0.95)),
         recall_at_10=recall,
         filtered_p50_ms=1e3 * statistics.median(filtered_seconds),
         filtered_recall_at_10=filtered_recall,
-        scan_ms=1e3 * statistics.median(_scan_seconds(vector_ND, query) for query in query_QD[:num_queries]),
+        scan_ms=1e3 * statistics.median(_scan_seconds(vector_ND, query) for query in query_QD[: len(query_QD) // 2]),
     )
 
 
@@ -116,12 +173,12 @@ def _points(centre_CD: np.ndarray, num: int, rng: np.random.Generator) -> np.nda
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
-def _fill(folder: str, vector_ND: np.ndarray, rng: np.random.Generator, bar: Any) -> IndexStore:
+def _fill(folder: str, vector_ND: np.ndarray, precision: Any, rng: np.random.Generator, bar: Any) -> IndexStore:
     from quarterlight.index import IndexStore, ModelIdentity, Row
     from quarterlight.index.rows import uri_of
 
     model = ModelIdentity(name="bench", hash="be" * 32, dimension=vector_ND.shape[1])
-    store = IndexStore.create(folder, model)
+    store = IndexStore.create(folder, model, precision=precision)
     line = bar.add_task("Filling", total=len(vector_ND))
     with store.writing():
         for start in range(0, len(vector_ND), ROWS_PER_COMMIT):

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
 from quarterlight.cli import console
+from quarterlight.cli.embed import RayOption, WorkersOption, open_cluster
 from quarterlight.images import describe
-from quarterlight.index import IndexStore, Precision
-from quarterlight.search.encoder import identity_of
+from quarterlight.index import IndexStore, Precision, VectorPrecision
+from quarterlight.index.store import precision_of
+from quarterlight.search.encoder import Encoder, identity_of
 from quarterlight.search.ingest import IngestReport, TokenReport, ingest
+from quarterlight.search.walk import Problem
+
+if TYPE_CHECKING:
+    from quarterlight.search.load import LoadReport
 
 DEFAULT_STORE = Path(".quarterlight")
 """Where `index` writes and `search` looks, in the current folder."""
 
 
 def index(
-    paths: Annotated[list[Path], typer.Argument(help="Folders, pictures, PDFs, Markdown and text files.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Folders, pictures, PDFs, Markdown and text files.", show_default=False)
+    ] = None,
     store: Annotated[
         Path, typer.Option(help="Folder of the index, made if missing.", show_default="./.quarterlight")
     ] = DEFAULT_STORE,
     model: Annotated[str, typer.Option(help="A bundled name, a checkpoint folder or a hub id.")] = "nano",
+    shards: Annotated[
+        Path | None, typer.Option("--from", help="Take up what `quarterlight embed` wrote there; needs no model.")
+    ] = None,
+    precision: Annotated[
+        VectorPrecision | None,
+        typer.Option(help="How a new index keeps vectors.", show_default="float32, or that of the index or of --from"),
+    ] = None,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
     store_visual_tokens: Annotated[
         Precision | None,
         typer.Option(
@@ -44,11 +62,31 @@ def index(
     quarterlight index ~/Pictures ~/papers
     quarterlight index ~/Pictures --store-visual-tokens int8
     quarterlight index . --store /tmp/index --model ./my-checkpoint --strict
+    quarterlight index /data --precision int8 --ray auto --workers 8
+    quarterlight index --from embeddings
     """
-    from quarterlight.models.embedder import Embedder
+    if shards is not None:
+        for name, value in (("PATHS", paths), ("--ray", ray), ("--store-visual-tokens", store_visual_tokens)):
+            if value:
+                raise typer.BadParameter(
+                    f"{name} and --from do not go together: --from only takes up what is embedded."
+                )
+        _load(shards, store, precision, strict=strict, as_json=as_json, quiet=quiet)
+        return
+    if not paths:
+        raise typer.BadParameter("Nothing to index: name files or folders, or shards with --from.")
+    if ray is not None and store_visual_tokens is not None:
+        raise typer.BadParameter("--ray and --store-visual-tokens do not go together: index without --ray for these.")
+    cluster = open_cluster(ray, workers, model)
+    embedder: Encoder | None = None
+    if cluster is not None:
+        identity = cluster.identity()
+    else:
+        from quarterlight.models.embedder import Embedder
 
-    embedder = Embedder(model)
-    target = IndexStore.create(store, identity_of(embedder))
+        embedder = Embedder(model)
+        identity = identity_of(embedder)
+    target = IndexStore.create(store, identity, precision=precision)
     with console.progress("files", quiet=quiet or as_json) as bar:
         task = bar.add_task("Indexing", total=None)
         report = ingest(
@@ -56,21 +94,73 @@ def index(
             target,
             embedder,
             visual_tokens=store_visual_tokens,
+            engine=cluster,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:
-        about = {"store": str(store), "model": embedder.name, "model_hash": embedder.model_hash}
-        problems = [{"path": problem.path, "reason": problem.reason} for problem in report.problems]
-        console.print_json(about | asdict(report) | {"problems": problems})
+        console.print_json(_about(target) | asdict(report) | {"problems": _records(report.problems)})
     else:
-        _print(report, store, quiet)
+        _print(report, target, quiet)
     if report.stopped or (strict and report.problems):
         raise typer.Exit(1)
 
 
-def _print(report: IngestReport, store: Path, quiet: bool) -> None:
-    for problem in report.problems:
+def _load(
+    shards: Path, store: Path, precision: VectorPrecision | None, *, strict: bool, as_json: bool, quiet: bool
+) -> None:
+    from quarterlight.index.shards import ShardFolder
+    from quarterlight.search.load import check_can_load, load
+
+    folder = ShardFolder.open(shards)
+    kept = precision or precision_of(store, folder.model) or folder.precision
+    target = IndexStore.create(store, folder.model, precision=kept)
+    check_can_load(folder, target)
+    with console.progress("rows", quiet=quiet or as_json) as bar:
+        task = bar.add_task("Loading", total=None)
+        report = load(folder, target, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        about = _about(target) | {"shards": str(shards)}
+        console.print_json(about | asdict(report) | {"problems": _records(report.problems)})
+    else:
+        _print_problems(report.problems)
+        if not quiet:
+            console.err.print(
+                f"Loaded: {report.num_loaded:,} rows of {report.num_shards:,} shards.\n{_index(target, report)}",
+                markup=False,
+                soft_wrap=True,
+            )
+    if strict and report.problems:
+        raise typer.Exit(1)
+
+
+def _about(store: IndexStore) -> dict[str, Any]:
+    return {
+        "store": str(store.folder),
+        "model": store.model.name,
+        "model_hash": store.model.hash,
+        "precision": store.precision,
+        "num_bytes": store.size_in_bytes(),
+    }
+
+
+def _records(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    return [{"path": problem.path, "reason": problem.reason} for problem in problems]
+
+
+def _print_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems:
         console.err.print(str(problem), style="yellow", markup=False, soft_wrap=True)
+
+
+def _index(store: IndexStore, report: IngestReport | LoadReport) -> str:
+    return (
+        f"Index: {report.num_rows:,} pictures, pages and sections in {describe(store.folder)}, vectors as "
+        f"{store.precision} {decimal(store.size_in_bytes())} ({report.seconds:.1f} s)."
+    )
+
+
+def _print(report: IngestReport, store: IndexStore, quiet: bool) -> None:
+    _print_problems(report.problems)
     if report.stopped:
         console.err.print(f"Stopped: {report.stopped}", style="red", markup=False, soft_wrap=True)
     if quiet:
@@ -80,8 +170,7 @@ def _print(report: IngestReport, store: Path, quiet: bool) -> None:
     problems = f"; {len(report.problems):,} not indexed, see above" if report.problems else ""
     other = f"; {report.num_other:,} of other kinds left alone" if report.num_other else ""
     console.err.print(
-        f"Files: {counts or 'none'}{problems}{other}.\n"
-        f"Index: {report.num_rows:,} pictures, pages and sections in {describe(store)} ({report.seconds:.1f} s).",
+        f"Files: {counts or 'none'}{problems}{other}.\n{_index(store, report)}",
         markup=False,
         soft_wrap=True,
     )

@@ -16,6 +16,7 @@ from quarterlight.errors import QuarterlightError
 COMMANDS = {
     "index": ("quarterlight.cli.index:index", "Index pictures, PDF pages and texts of folders and files."),
     "search": ("quarterlight.cli.search:search", "Search an index with words, with a picture, or with both."),
+    "embed": ("quarterlight.cli.embed:embed", "Embed files and lists of items in bulk, into shards."),
     "demo": ("quarterlight.cli.demo:demo", "Index and search the example files; write demo.html."),
     "train": ("quarterlight.cli.train:train", "Train a model by a recipe."),
     "mine": ("quarterlight.cli.mine:mine", "Find hard negatives for the queries of datasets."),
@@ -51,8 +52,11 @@ HELP = """Universal multimodal retrieval: find pictures and document pages with 
     quarterlight COMMAND --help      options and an example of each command
 """
 
-TRAIN_EXTRA = {"accelerate", "faiss", "httpx2", "matplotlib", "peft", "tensorboard"}
-"""Modules of the extra ``train``, which the commands that train, mine and judge need."""
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "faiss", "httpx2", "matplotlib", "peft", "tensorboard"), "train"),
+    "ray": "ray",
+}
+"""Module -> the extra that brings it: what training, mining and judging need, and what runs on a cluster."""
 
 BROKEN_PIPE = 128 + 13  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 128 + 2  # and by SIGINT
@@ -87,9 +91,10 @@ class Program(TyperGroup):
         except QuarterlightError as error:
             raise _stop(f"Error: {' '.join(str(error).split())}", 1) from None
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in TRAIN_EXTRA:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
                 raise
-            raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[train]'", 1) from None
+            raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[{extra}]'", 1) from None
         except KeyboardInterrupt:
             raise _stop("Stopped.", INTERRUPTED) from None
         except BrokenPipeError:

@@ -2,6 +2,9 @@
 
 A file is known by its ``file://`` URI, in which every byte outside of ``A-Za-z0-9_.~-/`` is written ``%XX``.  So names
 in any encoding or none, with quotes or line breaks, are kept to the byte, sort as plain ASCII and need no quoting.
+
+An item of a list, which has an id of its own, adds ``#`` and its id to the URI of its picture, or of the list if it has
+none: it stands for itself, not for the file, and does not go when the folder of the file is indexed again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from quarterlight.index.precision import VectorPrecision, to_columns, vector_fields
 
 Kind: TypeAlias = Literal["image", "page", "text"]
 """What was indexed: a picture, a page of a PDF, or a section of a text."""
@@ -34,7 +39,7 @@ class Row:
     width, height: pixels of a picture as stored and upright, points (1/72 inch) of a page, 0 for text.
     thumbnail: a WebP picture of at most 32 KB; empty for text.
     text: the words of a section, or the text layer of a page.
-    title: the headings above a section, or the title of a PDF.
+    title: the headings above a section, the title of a PDF, or the id of an item of a list.
     problems: sentences on parts of the same file that could not be read; the same in all rows of the file.
     """
 
@@ -62,17 +67,20 @@ class Row:
         return content_key(self.content_hash, self.part)
 
 
+_FIELDS = tuple(Row.__dataclass_fields__)
+
+
 def content_key(content_hash: str, part: int) -> str:
     """See :attr:`Row.content_key`."""
     return f"{content_hash}#{part}"
 
 
-def schema(dimension: int) -> pa.Schema:
+def schema(dimension: int, precision: VectorPrecision = "float32") -> pa.Schema:
     """The columns of a table of ``dimension``-wide vectors."""
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
-            pa.field("vector", pa.list_(pa.float32(), dimension), nullable=False),
+            *vector_fields(dimension, precision),
             pa.field("uri", pa.string(), nullable=False),
             pa.field("kind", pa.string(), nullable=False),
             pa.field("part", pa.int32(), nullable=False),
@@ -89,32 +97,41 @@ def schema(dimension: int) -> pa.Schema:
     )
 
 
-def to_table(rows: Sequence[Row], vector_ND: npt.NDArray[np.float32]) -> pa.Table:
+def to_table(
+    rows: Sequence[Row], vector_ND: npt.NDArray[np.float32], precision: VectorPrecision = "float32"
+) -> pa.Table:
     """``rows`` and their vectors, one to one, as columns."""
     assert len(rows) == len(vector_ND)
-    columns: dict[str, Any] = {
-        name: [getattr(row, name) for row in rows] for name in schema(1).names if name != "vector"
-    }
-    flat = pa.array(np.ascontiguousarray(vector_ND, dtype=np.float32).reshape(-1))
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, vector_ND.shape[1])
-    return pa.table(columns, schema=schema(vector_ND.shape[1]))
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in ("id", *_FIELDS)}
+    columns |= to_columns(vector_ND, precision)
+    return pa.table(columns, schema=schema(vector_ND.shape[1], precision))
 
 
 def from_record(record: dict[str, Any]) -> Row:
     """The row that a record of a table (any superset of the columns of :class:`Row`) describes."""
-    values = {name: record[name] for name in Row.__dataclass_fields__}
+    values = {name: record[name] for name in _FIELDS}
     return Row(**values | {"problems": tuple(record["problems"])})
 
 
-def uri_of(path: str | os.PathLike[str]) -> str:
+def uri_of(path: str | os.PathLike[str], item: str | None = None) -> str:
     """The URI of a file or folder, made absolute but not resolved: a symbolic link stays one.
+
+    item: the id of an item of a list that shows the file, or stands in it.
 
     >>> uri_of("/tmp/it's 5%.png")
     'file:///tmp/it%27s%205%25.png'
+    >>> uri_of("/tmp/a.png", "shoe 7#b")
+    'file:///tmp/a.png#shoe%207%23b'
     """
-    return "file://" + quote_from_bytes(os.fsencode(os.path.abspath(path)), safe="/")  # noqa: PTH100 resolves nothing
+    uri = "file://" + quote_from_bytes(os.fsencode(os.path.abspath(path)), safe="/")  # noqa: PTH100 resolves nothing
+    return uri if item is None else f"{uri}#{quote_from_bytes(item.encode('utf-8', 'surrogatepass'), safe='/')}"
+
+
+def is_item(uri: str) -> bool:
+    """Whether it names an item of a list rather than a file."""
+    return "#" in uri
 
 
 def path_of(uri: str) -> Path:
-    """The inverse of :func:`uri_of`."""
-    return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))))
+    """The inverse of :func:`uri_of`; for an item the file that it shows, or stands in."""
+    return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://").partition("#")[0])))

@@ -1,7 +1,7 @@
 """Vectors on disk: one LanceDB table for each model, changed one whole file at a time.
 
     STORE/vectors_<model hash>.lance/    the table, see quarterlight.index.rows
-    STORE/vectors_<model hash>.json      which model made it
+    STORE/vectors_<model hash>.json      which model made it, and the precision of its vectors
     STORE/lock                           held by the one process that writes
     STORE/tokens_...                     visual tokens, see quarterlight.index.visual_tokens
 
@@ -28,6 +28,14 @@ import numpy.typing as npt
 from quarterlight.errors import InputError, StoreError, did_you_mean
 from quarterlight.images import describe
 from quarterlight.index.lance import KEEP_VERSIONS, connect, readable, writable
+from quarterlight.index.precision import (
+    VectorPrecision,
+    bytes_per_vector,
+    check_precision,
+    from_columns,
+    is_signed,
+    signs,
+)
 from quarterlight.index.rows import KINDS, Kind, Row, content_key, from_record, schema, to_table, uri_of
 
 if TYPE_CHECKING:  # LanceDB takes a second to import, which a --help should not
@@ -45,6 +53,9 @@ NUM_PROBES = 20
 
 REFINE_FACTOR = 10
 """The index proposes so many times the wanted number of rows, which are then ranked by their exact vectors."""
+
+MIN_PROPOSED = 100
+"""So many rows at least are proposed by their signs, which are a coarse measure."""
 
 _VECTOR_INDEX = "vector_idx"
 
@@ -99,11 +110,15 @@ class Match(NamedTuple):
 
 
 class IndexStore:
-    """The table of one model in a store folder.  Made by :meth:`open` and :meth:`create`."""
+    """The table of one model in a store folder.  Made by :meth:`open` and :meth:`create`.
 
-    def __init__(self, folder: Path, model: ModelIdentity, table: Any) -> None:
+    precision: in which all of its vectors are kept, see :mod:`quarterlight.index.precision`.
+    """
+
+    def __init__(self, folder: Path, model: ModelIdentity, table: Any, precision: VectorPrecision = "float32") -> None:
         self.folder = folder
         self.model = model
+        self.precision: VectorPrecision = precision
         self._table = table
 
     @classmethod
@@ -123,23 +138,50 @@ class IndexStore:
                 "vectors cannot be compared. Choose the model of the index with --model, or run `quarterlight index` "
                 "again with this one."
             )
+        precision = precision_of(folder, model) or "float32"
         with readable(folder):
-            return cls(folder, model, connect(folder).open_table(model.table_name))
+            return cls(folder, model, connect(folder).open_table(model.table_name), precision)
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], model: ModelIdentity) -> IndexStore:
-        """The table of ``model``, made empty if it is not there yet.  Raises StoreError when it cannot be written."""
+    def create(
+        cls, folder: str | os.PathLike[str], model: ModelIdentity, *, precision: VectorPrecision | None = None
+    ) -> IndexStore:
+        """The table of ``model``, made empty if it is not there yet.
+
+        precision: of its vectors; ``None`` is that of the table that is there, and float32 of a new one.
+        Raises InputError for an unknown precision, StoreError when the table is there in another one, or cannot be
+        written.
+        """
+        if precision is not None:
+            check_precision(precision)
         folder = Path(folder)
+        existing = precision_of(folder, model)
+        if precision is not None and existing not in (None, precision):
+            raise StoreError(
+                f"The index in {describe(folder)} keeps vectors of this model as {existing}, not as {precision}, and "
+                f"an index cannot mix the two. Leave out --precision to go on in {existing}, or make another index "
+                "with --store."
+            )
+        kept = existing or precision or "float32"
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            table = connect(folder).create_table(model.table_name, schema=schema(model.dimension), exist_ok=True)
             manifest = folder / f"{model.table_name}.json"
-            if not manifest.exists():
+            columns = schema(model.dimension, kept)
+            database = connect(folder)
+            try:
+                table = database.create_table(model.table_name, schema=columns, exist_ok=True)
+            except ValueError:
+                if existing is not None:
+                    raise
+                # left in another precision by a process that was killed before it wrote the manifest
+                table = database.create_table(model.table_name, schema=columns, mode="overwrite")
+            if existing is None:
                 created = datetime.datetime.now(datetime.UTC).isoformat()
                 unfinished = manifest.with_suffix(".tmp")
-                unfinished.write_text(json.dumps({"model": asdict(model), "created": created}, indent=2) + "\n")
+                content = {"model": asdict(model), "precision": kept, "created": created}
+                unfinished.write_text(json.dumps(content, indent=2) + "\n")
                 unfinished.replace(manifest)
-        return cls(folder, model, table)
+        return cls(folder, model, table, kept)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -185,12 +227,14 @@ class IndexStore:
         return pictures
 
     def rows(self, uris: Collection[str]) -> tuple[list[Row], npt.NDArray[np.float32]]:
-        """All rows of some files with their vectors, float32 [rows, dimension], in no particular order."""
+        """All rows of some files with their vectors, float32 [rows, dimension], in no particular order.
+
+        Vectors are as near to what was written as the precision keeps them, and can be written again without change.
+        """
         with readable(self.folder):
             table = self._select(_of(uris), None).to_arrow()
-        flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        rows = [from_record(record) for record in table.drop_columns(["vector"]).to_pylist()]
-        return rows, flat.reshape(len(rows), self.model.dimension)
+        vector_ND = from_columns(table, self.model.dimension, self.precision)
+        return [from_record(record) for record in table.select(list(Row.__dataclass_fields__)).to_pylist()], vector_ND
 
     def upsert(self, rows: Sequence[Row], vector_ND: npt.NDArray[np.float32], *, known: Collection[str] = ()) -> None:
         """Write all rows of some files in one commit, in place of what the table held of these files.
@@ -210,7 +254,7 @@ class IndexStore:
         if known:
             merge = merge.when_not_matched_by_source_delete(_of(known))
         with writable(self.folder):
-            merge.execute(to_table(rows, vector_ND))
+            merge.execute(to_table(rows, vector_ND, self.precision))
 
     def delete(self, uris: Collection[str]) -> None:
         """Remove all rows of some files."""
@@ -231,9 +275,13 @@ class IndexStore:
             stats = self._table.index_stats(_VECTOR_INDEX)
             num_outside = self._table.count_rows() if stats is None else stats.num_unindexed_rows
             if num_outside > MAX_FLAT_ROWS:
-                quantised = self.model.dimension % 8 == 0  # RaBitQ packs the signs of eight dimensions in a byte
-                config = IvfRq(distance_type="cosine") if quantised else IvfFlat(distance_type="cosine")
-                self._table.create_index("vector", config=config, name=_VECTOR_INDEX, replace=True)
+                column: str = "vector"
+                config: IvfFlat | IvfRq = IvfFlat(distance_type="cosine")
+                if is_signed(self.precision):
+                    column, config = "signs", IvfFlat(distance_type="hamming")
+                elif self.model.dimension % 8 == 0:  # RaBitQ packs the signs of eight dimensions in a byte
+                    config = IvfRq(distance_type="cosine")
+                self._table.create_index(column, config=config, name=_VECTOR_INDEX, replace=True)
 
     def search(
         self,
@@ -254,15 +302,46 @@ class IndexStore:
             raise InputError(
                 f"Expected a vector of {self.model.dimension} dimensions, got shape {list(vector_D.shape)}."
             )
-        query = self._table.search(vector_D, vector_column_name="vector").distance_type("cosine").limit(top_k)
-        query = query.minimum_nprobes(NUM_PROBES).maximum_nprobes(0).refine_factor(REFINE_FACTOR)
         where = _where(kind, within)
-        if where is not None:
-            query = query.where(where, prefilter=True)
         with readable(self.folder):
-            found = query.select([*Row.__dataclass_fields__, "_distance"]).to_list()
-        matches = [Match(from_record(record), 1.0 - record["_distance"]) for record in found]
+            if is_signed(self.precision):
+                matches = self._found_by_signs(vector_D, top_k, where)
+            else:
+                query = self._nearest("vector", vector_D, "cosine", top_k, where).refine_factor(REFINE_FACTOR)
+                found = query.select([*Row.__dataclass_fields__, "_distance"]).to_list()
+                matches = [Match(from_record(record), 1.0 - record["_distance"]) for record in found]
         return sorted(matches, key=lambda match: (-match.score, match.row.uri, match.row.part))
+
+    def size_in_bytes(self) -> int:
+        """What the numbers of all vectors take, uncompressed."""
+        return self.count() * bytes_per_vector(self.model.dimension, self.precision)
+
+    def _found_by_signs(self, vector_D: npt.NDArray[np.float32], top_k: int, where: Expr | None) -> list[Match]:
+        """Those that share most signs with the query, ranked by all that is kept of their vectors."""
+        num_proposed = max(MIN_PROPOSED, REFINE_FACTOR * top_k)
+        query = self._nearest("signs", signs(vector_D), "hamming", num_proposed, where)
+        columns = [name for name in self._table.schema.names if name in ("id", "vector", "signs")]
+        proposed = query.with_row_id(True).select([*columns, "_distance"]).to_arrow()
+        score_N = from_columns(proposed, self.model.dimension, self.precision) @ vector_D
+        best = np.argsort(-score_N, kind="stable")[:top_k]
+        ids = proposed["id"].take(best).to_pylist()
+        fields = ["id", *Row.__dataclass_fields__]
+        places = proposed["_rowid"].take(best).to_pylist()
+        records = {one["id"]: one for one in self._table.take_row_ids(places).select(fields).to_list()}
+        if not records.keys() >= set(ids):  # somebody merged pieces of the table meanwhile, which moves rows
+            from lancedb.expr import col
+
+            records = {one["id"]: one for one in self._select(col("id").isin(ids), fields).to_list()}
+        return [
+            Match(from_record(records[id]), float(score))
+            for id, score in zip(ids, score_N[best], strict=True)
+            if id in records
+        ]
+
+    def _nearest(self, column: str, query: npt.NDArray[Any], metric: str, limit: int, where: Expr | None) -> Any:
+        found = self._table.search(query, vector_column_name=column).distance_type(metric).limit(limit)
+        found = found.minimum_nprobes(NUM_PROBES).maximum_nprobes(0)
+        return found if where is None else found.where(where, prefilter=True)
 
     def _select(self, where: Expr | None, columns: list[str] | None) -> Any:
         query = self._table.search()
@@ -273,16 +352,30 @@ class IndexStore:
 
 def models_of(folder: str | os.PathLike[str]) -> list[ModelIdentity]:
     """The models that have a table in a store, oldest first; none when there is no store."""
-    found = []
-    for manifest in Path(folder).glob("vectors_*.json"):
-        try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            found.append((content["created"], ModelIdentity(**content["model"])))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{describe(manifest)} does not describe an index: {error}. Remove it to index anew."
-            ) from error
-    return [model for _, model in sorted(found, key=lambda pair: pair[0])]
+    found = [_read_manifest(manifest) for manifest in Path(folder).glob("vectors_*.json")]
+    return [model for _, model, _ in sorted(found, key=lambda one: one[0])]
+
+
+def precision_of(folder: str | os.PathLike[str], model: ModelIdentity) -> VectorPrecision | None:
+    """How a store keeps the vectors of a model; ``None`` where it has none."""
+    manifest = Path(folder) / f"{model.table_name}.json"
+    try:
+        return _read_manifest(manifest)[2] if manifest.exists() else None
+    except OSError as error:
+        raise StoreError(f"{describe(manifest)} cannot be read: {error.strerror}.") from error
+
+
+def _read_manifest(manifest: Path) -> tuple[str, ModelIdentity, VectorPrecision]:
+    """When a table was made, by which model, and its precision; the first tables knew only float32 and do not say."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        precision = content.get("precision", "float32")
+        check_precision(precision)
+        return content["created"], ModelIdentity(**content["model"]), precision
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{describe(manifest)} does not describe an index: {error}. Remove it to index anew."
+        ) from error
 
 
 def _of(uris: Collection[str]) -> Expr:
@@ -302,5 +395,6 @@ def _where(kind: Kind | None, within: str | os.PathLike[str] | None) -> Expr | N
     if within is not None:
         uri = uri_of(within).rstrip("/")
         below = (col("uri") >= lit(f"{uri}/")) & (col("uri") < lit(f"{uri}0"))  # "0" follows "/" in ASCII
-        conditions.append((col("uri") == lit(uri)) | below)
+        items = (col("uri") >= lit(f"{uri}#")) & (col("uri") < lit(f"{uri}$"))  # "$" follows "#"
+        conditions.append((col("uri") == lit(uri)) | below | items)
     return functools.reduce(operator.and_, conditions) if conditions else None

@@ -18,7 +18,8 @@ from PIL import Image
 
 from quarterlight.errors import InputError
 from quarterlight.images import describe, image_size, load_image
-from quarterlight.index import Kind
+from quarterlight.index import Kind, Row
+from quarterlight.index.rows import uri_of
 from quarterlight.records import Item
 from quarterlight.search.sections import Section, markdown_sections, plain_sections
 from quarterlight.search.walk import FoundFile
@@ -56,6 +57,22 @@ class Part:
     thumbnail: bytes = b""
     text: str = ""
     title: str = ""
+
+    def row(self, file: FoundFile, content_hash: str) -> Row:
+        """What the table says of it; what went wrong with other parts of the file is for the caller to add."""
+        return Row(
+            uri=uri_of(file.path),
+            kind=self.kind,
+            part=self.part,
+            size=file.size,
+            mtime_ns=file.mtime_ns,
+            content_hash=content_hash,
+            width=self.width,
+            height=self.height,
+            thumbnail=self.thumbnail,
+            text=self.text,
+            title=self.title,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,19 @@ def read_again(path: str, kind: Kind, part: int) -> Item:
     return Item(image=image, max_tiles=TILES[kind])
 
 
+def place_of(kind: Kind, part: int) -> str:
+    """Where in a file, for the beginning of a reason: ``"page 3 "``, or nothing for a picture."""
+    return {"image": "", "page": f"page {part} ", "text": f"section {part} "}[kind]
+
+
+def reason_of(error: Exception, path: str) -> str:
+    """Why a file cannot be read, for a sentence that begins with its name."""
+    if isinstance(error, InputError):
+        return str(error).removeprefix(describe(path)).strip().rstrip(".")
+    # damaged data trips decoders in ways nobody foresaw; one file must not end the job
+    return f"cannot be read: {type(error).__name__}: {describe(str(error))}"
+
+
 def section_item(title: str, text: str) -> Item:
     """A section of a text as the model gets it."""
     return Item(text=f"{title}\n\n{text}" if title else text)
@@ -133,7 +163,7 @@ def _read_pages(path: str) -> Iterator[Part | BrokenPart]:
     try:
         with _pdfium_lock:
             num_pages = len(document)
-            title = _clean(document.get_metadata_value("Title"))
+            title = clean(document.get_metadata_value("Title"))
         if not num_pages:
             raise InputError(f"{describe(path)} has no pages.")
         for number in range(1, num_pages + 1):
@@ -150,7 +180,7 @@ def _read_pages(path: str) -> Iterator[Part | BrokenPart]:
                 width=round(size[0]),
                 height=round(size[1]),
                 thumbnail=thumbnail(image),
-                text=_clean(text)[:MAX_PAGE_CHARS],
+                text=clean(text)[:MAX_PAGE_CHARS],
                 title=title,
             )
     finally:
@@ -221,10 +251,10 @@ def _text_parts(path: str, sections: list[Section]) -> Iterator[Part]:
     if not sections:
         raise InputError(f"{describe(path)} is empty: expected a text.")
     for number, (title, text) in enumerate(sections, start=1):
-        yield Part(item=section_item(title, text), kind="text", part=number, text=_clean(text), title=_clean(title))
+        yield Part(item=section_item(title, text), kind="text", part=number, text=clean(text), title=clean(title))
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text that UTF-8 can hold, without control characters other than line breaks and tabs."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", errors="replace").decode()
     return "".join(c for c in text if c >= " " or c in "\n\t").strip()

@@ -6,17 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from quarterlight.errors import InputError
 from quarterlight.index import ModelIdentity
 from quarterlight.records import Item
 
 if TYPE_CHECKING:  # imports torch
     from quarterlight.models.settings import RerankerSettings
+
+Encoded = TypeVar("Encoded")
 
 Tokens: TypeAlias = "npt.NDArray[np.floating[Any]] | None"
 """Visual tokens of all tiles of an item's picture, ``[tokens, columns]``; ``None`` where there are none."""
@@ -89,3 +92,15 @@ class Reranker(Protocol):
 def identity_of(encoder: Encoder) -> ModelIdentity:
     """What a store remembers of the model."""
     return ModelIdentity(name=encoder.name, hash=encoder.model_hash, dimension=encoder.dimension)
+
+
+def encode_each(encode: Callable[[Sequence[Item]], Iterable[Encoded]], items: Sequence[Item]) -> list[Encoded | str]:
+    """What ``encode`` makes of each item, or why it refuses that one; it is asked one by one where it refuses some."""
+    if not items:
+        return []
+    try:
+        return list(encode(items))
+    except InputError as error:
+        if len(items) == 1:
+            return [" ".join(str(error).split())]
+        return [one for item in items for one in encode_each(encode, [item])]

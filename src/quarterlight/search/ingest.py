@@ -11,8 +11,6 @@ tokens without a row are harmless, and removed at the end of the next run.
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,11 +23,13 @@ import numpy.typing as npt
 from quarterlight.errors import InputError, StoreError
 from quarterlight.images import content_hash, describe
 from quarterlight.index import IndexStore, Precision, Row, VisualTokenStore
-from quarterlight.index.rows import path_of, uri_of
+from quarterlight.index.rows import is_item, path_of, uri_of
 from quarterlight.index.store import Picture, models_of
 from quarterlight.records import Item
-from quarterlight.search.documents import BrokenPart, Part, read_again, read_parts
-from quarterlight.search.encoder import Encoder, Eyes, Tokens
+from quarterlight.search.documents import BrokenPart, Part, place_of, read_again, read_parts, reason_of
+from quarterlight.search.embed import EmbedConfig, Engine, Group, cut, pieces_of, reasons_of, whole_shards
+from quarterlight.search.encoder import Encoder, Eyes, Tokens, encode_each
+from quarterlight.search.reading import ReadAhead
 from quarterlight.search.walk import READERS, FoundFile, Problem, Walk, walk
 
 _ROWS_OF_A_COPY = 10  # a guess: the rows of a file that is a copy are fetched when they are written
@@ -110,26 +110,15 @@ class _Document:
     failed: str | None = None
 
     def row(self, part: Part) -> Row:
-        return Row(
-            uri=self.uri,
-            kind=part.kind,
-            part=part.part,
-            size=self.file.size,
-            mtime_ns=self.file.mtime_ns,
-            content_hash=self.content_hash,
-            width=part.width,
-            height=part.height,
-            thumbnail=part.thumbnail,
-            text=part.text,
-            title=part.title,
-        )
+        return part.row(self.file, self.content_hash)
 
 
 def ingest(
     paths: Iterable[str | os.PathLike[str]],
     store: IndexStore,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
+    engine: Engine | None = None,
     visual_tokens: Precision | None = None,
     config: IngestConfig | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -139,12 +128,16 @@ def ingest(
     A file whose size and time of change are known is taken as unchanged; else its content decides, and content that
     the table knows under another name is not embedded again.  After a normal end the rows below ``paths`` are those of
     the files that can be read, and of those that could not be looked at.
+    engine: embeds instead of ``encoder``, with the same model; it makes no visual tokens, and does not know copies, so
+        that a file under a new name is embedded again.
     visual_tokens: also keep what the encoder's eyes made of pictures and pages, in this precision, for a reranker with
         the same eyes; what is known already but has none is looked at again.  ``None`` keeps them where the store has
         some of these eyes, in the precision they have.
     on_progress: called with the numbers of files done and in all.
-    Raises InputError when one of ``paths`` does not exist, StoreError when another process writes to the store.
+    Raises InputError when one of ``paths`` does not exist, or an engine should make visual tokens, StoreError when
+    another process writes to the store.
     """
+    assert (encoder is None) != (engine is None)
     started = time.monotonic()
     roots = list(paths)
     with store.writing():
@@ -154,7 +147,7 @@ def ingest(
         tokens = _TokenWriter(token_store, config.token_bytes_per_write) if token_store else None
         run = _Run(store, encoder, config, found, tokens, on_progress)
         try:
-            run.embed_and_write()
+            run.embed_and_write() if engine is None else run.embed_with(engine)
             run.fill_visual_tokens()
             run.delete_vanished(roots)
             store.optimize()
@@ -170,8 +163,13 @@ def ingest(
     return run.report
 
 
-def _token_store(store: IndexStore, encoder: Encoder, precision: Precision | None) -> VisualTokenStore | None:
+def _token_store(store: IndexStore, encoder: Encoder | None, precision: Precision | None) -> VisualTokenStore | None:
     """Where visual tokens are kept, if they are."""
+    if encoder is None and (precision is not None or VisualTokenStore.any_in(store.folder)):
+        raise InputError(
+            f"The index in {describe(store.folder)} keeps visual tokens, which are not made on a cluster: index "
+            "without --ray, or into another index with --store."
+        )
     if precision is not None:
         return VisualTokenStore.create(store.folder, cast(Eyes, encoder).vision_hash, precision)
     if not VisualTokenStore.any_in(store.folder):
@@ -227,7 +225,7 @@ class _Run:
     def __init__(
         self,
         store: IndexStore,
-        encoder: Encoder,
+        encoder: Encoder | None,
         config: IngestConfig,
         found: Walk,
         tokens: _TokenWriter | None,
@@ -238,7 +236,7 @@ class _Run:
         self.report = IngestReport(num_other=found.num_other, problems=found.problems)
         self.files = {uri_of(file.path): file for file in found.files}
         self.closed = found.closed
-        self.known = store.files()
+        self.known = {uri: file for uri, file in store.files().items() if not is_item(uri)}
         self.fresh = {uri: file for uri, file in self.files.items() if not self._is_unchanged(uri, file)}
         self.origins = {
             (_reader_of(uri), file.content_hash): uri for uri, file in self.known.items() if uri not in self.fresh
@@ -253,15 +251,12 @@ class _Run:
 
     def embed_and_write(self) -> None:
         """Reads, embeds and writes what is not known yet.  What is complete is written even when stopped half-way."""
-        for uri in self.files.keys() - self.fresh.keys():
-            self._report_broken(self.files[uri].path, self.known[uri].problems)
-            if uri not in self.blind:
-                self._done("unchanged")
+        self._pass_over_known()
         documents: list[_Document] = []
         parts: list[Part | None] = []
         # made one by one and dropped when written: they hold rows
         fresh = (_Document(file, uri) for uri, file in self.fresh.items())
-        reading = _Reading(fresh, self._origin, self.config)
+        reading = ReadAhead(fresh, self._parts, num_threads=self.config.num_readers, num_waiting=self.config.batch_size)
         try:
             for document, part in reading:
                 documents.append(document)
@@ -276,6 +271,40 @@ class _Run:
             raise
         finally:
             reading.stop()
+
+    def embed_with(self, engine: Engine) -> None:
+        """The same on a cluster, in shards, of which the whole ones are written when stopped half-way."""
+        self._pass_over_known()
+        config = EmbedConfig()
+        try:
+            for _, groups in whole_shards(cut(pieces_of(self.fresh.values()), config), engine, config):
+                if groups is not None:
+                    for document in _documents(groups):
+                        self._finish(document)
+        finally:
+            self._commit()
+
+    def _pass_over_known(self) -> None:
+        for uri in self.files.keys() - self.fresh.keys():
+            self._report_broken(self.files[uri].path, self.known[uri].problems)
+            if uri not in self.blind:
+                self._done("unchanged")
+
+    def _parts(self, document: _Document) -> Iterator[tuple[_Document, Part | None]]:
+        """A document with each of its parts, and with ``None`` at its end."""
+        path = document.file.path
+        try:
+            document.content_hash = content_hash(path)
+            document.copy_of = self._origin(document)
+            if document.copy_of is None:
+                for part in read_parts(document.file):
+                    if isinstance(part, BrokenPart):
+                        document.broken.append(part.reason)
+                    else:
+                        yield document, part
+        except Exception as error:
+            document.failed = reason_of(error, path)
+        yield document, None
 
     def fill_visual_tokens(self) -> None:
         """Looks again at the pictures and pages of these files that have rows, but no visual tokens."""
@@ -332,7 +361,7 @@ class _Run:
 
     def delete_vanished(self, roots: Sequence[str | os.PathLike[str]]) -> None:
         """Removes the rows of files below ``roots`` that are no longer there, or can no longer be read."""
-        below = set().union(*(self.store.files(within=root) for root in roots))
+        below = {uri for root in roots for uri in self.store.files(within=root) if not is_item(uri)}
         vanished = [uri for uri in below if uri not in self.files and not self._is_out_of_sight(path_of(uri))]
         self.store.delete(vanished)
         self.store.delete([uri for uri in self.failed if uri in below])
@@ -368,8 +397,7 @@ class _Run:
                 continue
             one = next(encoded)
             if isinstance(one, str):
-                place = {"image": "", "page": f"page {part.part} ", "text": f"section {part.part} "}[part.kind]
-                document.broken.append(f"{place}is refused by the model: {one}")
+                document.broken.append(f"{place_of(part.kind, part.part)}is refused by the model: {one}")
             else:
                 document.rows.append(document.row(part))
                 document.vectors.append(one.vector)
@@ -378,17 +406,14 @@ class _Run:
 
     def _encode(self, items: Sequence[Item]) -> Sequence[_Encoded | str]:
         """A vector for each item, with its visual tokens where these are kept, or why the model refuses it."""
-        if not items:
-            return []
-        try:
-            if self.tokens is None:
-                return [_Encoded(vector, None) for vector in self.encoder.encode_document(items)]
-            vectors, tokens = cast(Eyes, self.encoder).encode_document_with_visual_tokens(items)
-            return [_Encoded(*pair) for pair in zip(vectors, tokens, strict=True)]
-        except InputError as error:
-            if len(items) == 1:
-                return [" ".join(str(error).split())]
-            return [self._encode([item])[0] for item in items]
+        return encode_each(self._encode_all, items)
+
+    def _encode_all(self, items: Sequence[Item]) -> Sequence[_Encoded]:
+        assert self.encoder is not None
+        if self.tokens is None:
+            return [_Encoded(vector, None) for vector in self.encoder.encode_document(items)]
+        vectors, tokens = cast(Eyes, self.encoder).encode_document_with_visual_tokens(items)
+        return [_Encoded(*pair) for pair in zip(vectors, tokens, strict=True)]
 
     def _finish(self, document: _Document) -> None:
         path = document.file.path
@@ -448,80 +473,18 @@ class _Run:
         self.on_progress(self.num_done, len(self.files))
 
 
-class _Reading:
-    """What several threads read: ``(document, part)`` for each part, and ``(document, None)`` at a document's end."""
-
-    def __init__(
-        self, documents: Iterable[_Document], origin: Callable[[_Document], str | None], config: IngestConfig
-    ) -> None:
-        self._documents = iter(documents)
-        self._origin = origin
-        self._taking = threading.Lock()
-        self._stopped = threading.Event()
-        self._queue: queue.Queue[tuple[_Document, Part | None] | BaseException | None] = queue.Queue(config.batch_size)
-        self._threads = [
-            threading.Thread(target=self._work, name=f"quarterlight-read-{number}", daemon=True)
-            for number in range(config.num_readers)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def __iter__(self) -> Iterator[tuple[_Document, Part | None]]:
-        running = len(self._threads)
-        while running:
-            event = self._queue.get()
-            if isinstance(event, BaseException):
-                raise event
-            if event is None:
-                running -= 1
-            else:
-                yield event
-
-    def stop(self) -> None:
-        """Ends the threads, whatever they are waiting for."""
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self) -> None:
-        try:
-            while not self._stopped.is_set():
-                with self._taking:
-                    document = next(self._documents, None)
-                if document is None:
-                    break
-                for part in self._parts(document):
-                    self._put((document, part))
-                self._put((document, None))
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _parts(self, document: _Document) -> Iterator[Part]:
-        path = document.file.path
-        try:
-            document.content_hash = content_hash(path)
-            document.copy_of = self._origin(document)
-            if document.copy_of is not None:
-                return
-            for part in read_parts(document.file):
-                if self._stopped.is_set():
-                    return
-                if isinstance(part, BrokenPart):
-                    document.broken.append(part.reason)
-                else:
-                    yield part
-        except InputError as error:
-            document.failed = str(error).removeprefix(describe(path)).strip().rstrip(".")
-        except Exception as error:  # damaged data trips decoders in ways nobody foresaw; one file must not end the job
-            document.failed = f"cannot be read: {type(error).__name__}: {describe(str(error))}"
-
-    def _put(self, event: tuple[_Document, Part | None] | BaseException | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.put(event, timeout=0.1)
-            except queue.Full:
-                continue
+def _documents(groups: Sequence[Group]) -> list[_Document]:
+    """The files of a whole shard, with their rows and vectors."""
+    documents = [_Document(piece.file, uri_of(piece.file.path)) for piece in groups[0].shard.pieces]
+    for number, reasons in reasons_of(groups).items():
+        documents[number].broken += reasons
+    for group in groups:
+        assert group.vectors is not None
+        for entry, vector in zip(group.entries, group.vectors, strict=True):
+            documents[entry.piece].rows.append(entry.row)
+            documents[entry.piece].vectors.append(vector)
+            documents[entry.piece].content_hash = entry.row.content_hash
+    return documents
 
 
 def _reader_of(uri: str) -> str | None:

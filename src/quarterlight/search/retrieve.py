@@ -16,7 +16,7 @@ import numpy as np
 from quarterlight.errors import InputError
 from quarterlight.images import describe
 from quarterlight.index import IndexStore, Kind, Row, VisualTokenStore
-from quarterlight.index.rows import path_of
+from quarterlight.index.rows import is_item, path_of
 from quarterlight.index.store import Match
 from quarterlight.metrics.fusion import fuse
 from quarterlight.prompts import QUERY_INSTRUCTIONS, query_instruction
@@ -167,11 +167,12 @@ class Searcher:
     def _candidate(self, row: Row, has_tokens: bool) -> Item:
         """What was embedded, once more. Raises InputError when the file cannot be read."""
         if row.kind == "text":
-            return section_item(row.title, row.text)
+            return Item(text=row.text) if is_item(row.uri) else section_item(row.title, row.text)
+        words = row.text if is_item(row.uri) and row.text else None
         if has_tokens:  # nothing is read, so the picture is only a name
-            return Item(image=ArchiveMember(row.content_hash, str(row.part)), max_tiles=TILES[row.kind])
+            return Item(image=ArchiveMember(row.content_hash, str(row.part)), text=words, max_tiles=TILES[row.kind])
         path = path_of(row.uri)
-        item = read_again(str(path), row.kind, row.part)
+        item = replace(read_again(str(path), row.kind, row.part), text=words)
         try:
             status = path.stat()
         except OSError as error:

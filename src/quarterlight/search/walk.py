@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple, TypeAlias
 from quarterlight.errors import InputError
 from quarterlight.images import describe
 
-Reader: TypeAlias = Literal["image", "pdf", "markdown", "text"]
-"""How a file is taken apart."""
+Reader: TypeAlias = Literal["image", "pdf", "markdown", "text", "items"]
+"""How a file is taken apart; "items" are lists that `embed` is given by name, no walk finds them."""
 
 READERS: dict[str, Reader] = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),

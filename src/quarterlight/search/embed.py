@@ -1,0 +1,386 @@
+"""Files and lists of items embedded in bulk, into shards that an index takes up without a model.
+
+The work is cut into shards, a shard into groups of decoded parts, small enough to wait in memory or to be sent about:
+
+    decode (shard) -> groups -> encode (model) -> groups with vectors -> a shard is written when it is whole
+
+On one machine (:class:`Local`) threads decode ahead of the model; :mod:`quarterlight.search.cluster` runs the same two
+functions on the workers of a Ray cluster.  Vectors come back to the process that asked, so that only it must be able
+to write, and a shard is written once, whoever worked on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from quarterlight.errors import InputError
+from quarterlight.images import content_hash, describe
+from quarterlight.index import Row
+from quarterlight.index.rows import is_item, uri_of
+from quarterlight.index.shards import ShardFolder, ShardProblem
+from quarterlight.records import Item
+from quarterlight.search.documents import BrokenPart, Part, place_of, read_parts, reason_of
+from quarterlight.search.encoder import Encoder, encode_each
+from quarterlight.search.items import SUFFIX, BrokenLine, Lines, ListedItem, read_items, split_list
+from quarterlight.search.reading import ReadAhead
+from quarterlight.search.walk import FoundFile, Problem, walk
+
+_BYTES_PER_PAGE = 100_000  # of a PDF: a guess, only used to make shards of about the same size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """How the work is cut."""
+
+    items_per_shard: int = 500
+    """files, or lines of a list, in a shard: the most work that a kill can cost each worker"""
+    items_per_group: int = 32
+    """parts decoded before they go to the model together"""
+    bytes_per_group: int = 32 * 2**20
+    """decoded pictures after which fewer parts go, so that pages do not fill the memory"""
+    num_readers: int = 2
+    """threads that decode, without a cluster"""
+
+    def __post_init__(self) -> None:
+        for name in ("items_per_shard", "items_per_group", "bytes_per_group", "num_readers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+class Piece(NamedTuple):
+    """What is embedded as a whole: a file, or some lines of a list; key names its place and its state."""
+
+    file: FoundFile
+    key: str
+    lines: Lines | None = None
+
+    @property
+    def num_items(self) -> int:
+        """What progress counts: files, and lines of lists."""
+        return self.lines.number if self.lines else 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pieces that are written together; name is a hash of their keys."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+class Entry(NamedTuple):
+    """A row on its way: the number of its piece in the shard, its id, and what the model gets, if it is still to."""
+
+    piece: int
+    id: str
+    row: Row
+    item: Item | None
+
+
+@dataclass(kw_only=True)
+class Group:
+    """Some parts of a shard, in the order of its pieces.
+
+    number: from 0, in the shard.  is_last: of the shard.
+    num_items: files and lines that were finished in this group.
+    problems: number of a piece, and a reason that follows the name of its file.
+    vectors: of the entries, once they are there.
+    """
+
+    shard: Shard
+    number: int
+    is_last: bool = False
+    num_items: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    vectors: npt.NDArray[np.float32] | None = None
+
+
+class Engine(Protocol):
+    """Has shards worked on: their groups with vectors, in any order."""
+
+    def __call__(self, shards: Sequence[Shard], config: EmbedConfig, /) -> Iterator[Group]: ...
+
+
+@dataclass(kw_only=True)
+class EmbedReport:
+    """What came of a run.
+
+    num_items: files and lines of the inputs.  num_embedded: of these, in this run; the others were there already.
+    num_rows: in all shards afterwards.  num_bytes: what their vectors take.
+    problems: one for each file, page or line that has no embedding.  num_other: files of other kinds.
+    """
+
+    num_items: int = 0
+    num_embedded: int = 0
+    num_rows: int = 0
+    num_shards: int = 0
+    num_bytes: int = 0
+    num_other: int = 0
+    seconds: float = 0.0
+    problems: list[Problem] = field(default_factory=list)
+
+
+def embed(
+    paths: Iterable[str | os.PathLike[str]],
+    folder: ShardFolder,
+    engine: Engine,
+    *,
+    config: EmbedConfig | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> EmbedReport:
+    """Embed files, folders and lists of items (``.jsonl``) into shards.
+
+    What a shard of an earlier run holds unchanged is kept; shards with something that has changed or is no longer among
+    the inputs are removed and the rest of them embedded anew.  Files that failed as a whole are tried again.
+    on_progress: called with the numbers of files and lines done and in all.
+    Raises InputError when one of ``paths`` does not exist, StoreError when a shard cannot be read or written.
+    """
+    started = time.monotonic()
+    config = config or EmbedConfig()
+    report = EmbedReport()
+    pieces = _pieces(paths, folder.folder, config, report)
+    report.num_items = num_done = sum(piece.num_items for piece in pieces)
+    shards = remaining(pieces, folder, config)
+    num_done -= sum(piece.num_items for shard in shards for piece in shard.pieces)
+    on_progress(num_done, report.num_items)
+    for num_items, groups in whole_shards(shards, engine, config):
+        if groups is not None:
+            _write(groups, folder)
+        num_done += num_items
+        report.num_embedded += num_items
+        on_progress(num_done, report.num_items)
+    report.problems += problems_of(folder, shards)
+    report.problems.sort()
+    infos = folder.shards()
+    report.num_shards, report.num_rows = len(infos), sum(info.num_rows for info in infos)
+    folder.write_problems(report.problems)
+    report.num_bytes = folder.size_in_bytes(report.num_rows)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def problems_of(folder: ShardFolder, new: Sequence[Shard]) -> list[Problem]:
+    """What a folder tells of problems.
+
+    new: the shards of this run, which tell of what failed as a whole before and was tried again.
+    """
+    names = {shard.name for shard in new}
+    return [
+        Problem(problem.path, problem.reason)
+        for info in folder.shards()
+        for problem in info.problems
+        if info.path.stem in names or problem.piece not in info.failed
+    ]
+
+
+def pieces_of(files: Iterable[FoundFile]) -> list[Piece]:
+    """Files as pieces, each once, in the same order."""
+    pieces = (Piece(file, f"{uri_of(file.path)} {file.size} {file.mtime_ns}") for file in files)
+    return list({piece.key: piece for piece in pieces}.values())
+
+
+def remaining(pieces: Sequence[Piece], folder: ShardFolder, config: EmbedConfig) -> list[Shard]:
+    """The shards that are still to be made; those that are there but out of date are removed."""
+    wanted = {piece.key for piece in pieces}
+    done: set[str] = set()
+    stale = []
+    for info in folder.shards():
+        if info.done and wanted.issuperset(info.done) and done.isdisjoint(info.done):
+            done.update(info.done)
+        else:
+            stale.append(info)
+    folder.remove(stale)
+    return cut([piece for piece in pieces if piece.key not in done], config)
+
+
+def whole_shards(
+    shards: Sequence[Shard], engine: Engine, config: EmbedConfig
+) -> Iterator[tuple[int, list[Group] | None]]:
+    """For each group that comes: how many files and lines it finished, and all groups of its shard if it was the last
+    that was missing."""
+    if not shards:
+        return
+    waiting: dict[str, dict[int, Group]] = {shard.name: {} for shard in shards}
+    for group in engine(shards, config):
+        groups = waiting.get(group.shard.name)
+        if groups is None or group.number in groups:
+            continue  # done once more, for a worker that died after it had delivered
+        groups[group.number] = group
+        last = next((one.number for one in groups.values() if one.is_last), None)
+        if last is not None and len(groups) == last + 1:
+            yield group.num_items, [groups[number] for number in range(last + 1)]
+            del waiting[group.shard.name]
+        else:
+            yield group.num_items, None
+    assert not waiting, f"{len(waiting)} shards are not whole"
+
+
+def decode(shard: Shard, config: EmbedConfig) -> Iterator[Group]:
+    """Everything in a shard, read and decoded; the model's turn is next."""
+    group, num_bytes = Group(shard=shard, number=0), 0
+    for number, piece in enumerate(shard.pieces):
+        for part in _parts(piece, number):
+            if isinstance(part, Entry):
+                group.entries.append(part)
+                num_bytes += _num_bytes(part.item)
+            else:
+                group.problems.append(part)
+            if len(group.entries) >= config.items_per_group or num_bytes >= config.bytes_per_group:
+                yield group
+                group, num_bytes = Group(shard=shard, number=group.number + 1), 0
+        group.num_items += piece.num_items
+    group.is_last = True
+    yield group
+
+
+def encode(group: Group, encoder: Encoder) -> Group:
+    """The group with a vector for each entry that the model accepts; the pictures are let go of."""
+    items = [entry.item for entry in group.entries if entry.item is not None]
+    assert len(items) == len(group.entries)
+    entries: list[Entry] = []
+    vectors: list[npt.NDArray[np.float32]] = []
+    problems = list(group.problems)
+    encoded: list[npt.NDArray[np.float32] | str] = encode_each(encoder.encode_document, items)
+    for entry, one in zip(group.entries, encoded, strict=True):
+        if isinstance(one, str):
+            listed = is_item(entry.row.uri)
+            place = f"id {describe(entry.id)}: " if listed else place_of(entry.row.kind, entry.row.part)
+            problems.append((entry.piece, f"{place}is refused by the model: {one}"))
+        else:
+            entries.append(entry._replace(item=None))
+            vectors.append(one)
+    vector_ND = np.stack(vectors) if vectors else np.empty((0, encoder.dimension), np.float32)
+    return replace(group, entries=entries, vectors=vector_ND, problems=problems)
+
+
+def reasons_of(groups: Sequence[Group]) -> dict[int, list[str]]:
+    """Number of a piece -> what is wrong with it."""
+    reasons: dict[int, list[str]] = {}
+    for group in groups:
+        for number, reason in group.problems:
+            reasons.setdefault(number, []).append(reason)
+    return reasons
+
+
+@dataclass(frozen=True)
+class Local:
+    """Works on shards in this process: threads decode ahead of the model."""
+
+    encoder: Encoder
+
+    def __call__(self, shards: Sequence[Shard], config: EmbedConfig, /) -> Iterator[Group]:
+        reading = ReadAhead(shards, lambda shard: decode(shard, config), num_threads=config.num_readers, num_waiting=1)
+        try:
+            for group in reading:
+                yield encode(group, self.encoder)
+        finally:
+            reading.stop()
+
+
+def _pieces(
+    paths: Iterable[str | os.PathLike[str]], skip: Path, config: EmbedConfig, report: EmbedReport
+) -> list[Piece]:
+    """Everything that the inputs hold, lists of items last."""
+    roots = [os.path.abspath(path) for path in paths]  # noqa: PTH100 keeps links
+    lists = [path for path in roots if path.endswith(SUFFIX) and Path(path).is_file()]
+    found = walk([path for path in roots if path not in lists], skip=skip)
+    report.num_other, report.problems = found.num_other, found.problems
+    pieces = pieces_of(found.files)
+    seen: set[bytes] = set()
+    for path in dict.fromkeys(lists):
+        file = FoundFile(path, "items", *_size_and_time(path))
+        pieces += [Piece(file, lines.key, lines) for lines in split_list(path, config.items_per_shard, seen)]
+    return pieces
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def cut(pieces: Sequence[Piece], config: EmbedConfig) -> list[Shard]:
+    """Runs of pieces of about the wanted size."""
+    shards: list[Shard] = []
+    run: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        is_pdf = piece.file.reader == "pdf"
+        weight = 1 + piece.file.size // _BYTES_PER_PAGE if is_pdf else piece.num_items
+        if run and size + weight > config.items_per_shard:
+            shards.append(_shard(run))
+            run, size = [], 0
+        run.append(piece)
+        size += weight
+    return [*shards, _shard(run)] if run else shards
+
+
+def _shard(pieces: Sequence[Piece]) -> Shard:
+    keys = "\n".join(piece.key for piece in pieces)
+    return Shard(hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(), tuple(pieces))
+
+
+def _parts(piece: Piece, number: int) -> Iterator[Entry | tuple[int, str]]:
+    """What is in a piece, and what is wrong with it."""
+    path = piece.file.path
+    try:
+        if piece.lines is not None:
+            for one in read_items(path, piece.lines):
+                match one:
+                    case ListedItem():
+                        yield Entry(number, one.id, one.row, one.item)
+                    case BrokenLine():
+                        yield number, one.reason
+            return
+        hash_of_file = content_hash(path)
+        for part in read_parts(piece.file):
+            match part:
+                case Part():
+                    row = part.row(piece.file, hash_of_file)
+                    yield Entry(number, row.id, row, part.item)
+                case BrokenPart():
+                    yield number, part.reason
+    except Exception as error:
+        yield number, reason_of(error, path)
+
+
+def _num_bytes(item: Item | None) -> int:
+    """Memory that decoded pictures take."""
+    pictures = item.images if item is not None else ()
+    return sum(3 * one.width * one.height for one in pictures if isinstance(one, Image.Image))
+
+
+def _write(groups: Sequence[Group], folder: ShardFolder) -> None:
+    """A whole shard; rows of a file learn what is wrong with other parts of it, as those of an index do."""
+    shard = groups[0].shard
+    reasons = reasons_of(groups)
+    entries = [entry for group in groups for entry in group.entries]
+    rows = [
+        entry.row if is_item(entry.row.uri) else replace(entry.row, problems=tuple(reasons.get(entry.piece, ())))
+        for entry in entries
+    ]
+    given = {entry.piece for entry in entries}
+    failed = {number for number in reasons if number not in given}
+    folder.write(
+        shard.name,
+        rows,
+        np.concatenate([group.vectors for group in groups if group.vectors is not None]),
+        ids=[entry.id for entry in entries],
+        done=[piece.key for number, piece in enumerate(shard.pieces) if number not in failed],
+        failed=[piece.key for number, piece in enumerate(shard.pieces) if number in failed],
+        problems=[
+            ShardProblem(shard.pieces[number].key, shard.pieces[number].file.path, reason)
+            for number in sorted(reasons)
+            for reason in reasons[number]
+        ],
+    )

@@ -1,0 +1,160 @@
+"""Lists of items: a JSONL file whose lines are ``{"id": ..., "text": ..., "image": ..., ...}``.
+
+id, the only field that must be there, is a string or a number and names the item in all lists of a run; text and image
+(one file or several, relative to the list), instruction and max_tiles are those of :class:`quarterlight.records.Item`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quarterlight.errors import InputError, did_you_mean
+from quarterlight.images import content_hash, describe, image_size, load_image
+from quarterlight.index import Row
+from quarterlight.index.rows import uri_of
+from quarterlight.records import Item
+from quarterlight.search.documents import IMAGE_PIXELS, PAGE_PIXELS, clean, reason_of, thumbnail
+
+SUFFIX = ".jsonl"
+
+_FIELDS = ("id", "text", "image", "instruction", "max_tiles")
+
+
+class Lines(NamedTuple):
+    """Some lines of a list: the number of the first, from 1; where they begin in the file, and their size, in bytes;
+    how many; the numbers of those whose id an earlier line has; and a hash of all this and the lines themselves."""
+
+    first: int
+    start: int
+    size: int
+    number: int
+    repeated: tuple[int, ...]
+    key: str
+
+
+class ListedItem(NamedTuple):
+    """An item of a list, its pictures decoded."""
+
+    id: str
+    row: Row
+    item: Item
+
+
+class BrokenLine(NamedTuple):
+    """A line that is no item, or whose pictures cannot be read; the reason begins with its number."""
+
+    reason: str
+
+
+def split_list(path: str, lines_per_piece: int, seen: set[bytes]) -> Iterator[Lines]:
+    """The list in pieces of so many lines.
+
+    seen: hashes of the ids that stand in other lists; those of this one are added.
+    Raises InputError when it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            first, start = 1, 0
+            while True:
+                digest = hashlib.blake2b(uri_of(path).encode(), digest_size=16)
+                size = number = 0
+                repeated = []
+                while number < lines_per_piece and (line := file.readline()):
+                    if (id := _id_of(line)) is not None:
+                        if id in seen:
+                            repeated.append(first + number)
+                        seen.add(id)
+                    digest.update(line)
+                    size += len(line)
+                    number += 1
+                if not number:
+                    return
+                digest.update(f"{first} {repeated}".encode())
+                yield Lines(first, start, size, number, tuple(repeated), digest.hexdigest())
+                first, start = first + number, start + size
+    except OSError as error:
+        raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
+
+
+def read_items(path: str, lines: Lines) -> Iterator[ListedItem | BrokenLine]:
+    """The items in some lines of a list; empty lines are passed over.  Raises InputError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(lines.start)
+            content = file.read(lines.size)
+    except OSError as error:
+        raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
+    for number, line in enumerate(content.split(b"\n")[: lines.number], start=lines.first):
+        if line.strip():
+            place = f"line {number}"
+            try:
+                id, item = parse_item(line)
+                place = f"line {number}, id {describe(id)}"
+                if number in lines.repeated:
+                    raise InputError("is left out: an earlier line has the same id.")
+                yield _read(path, id, item)
+            except Exception as error:  # a damaged picture trips its decoder in any way; one line must not end the job
+                yield BrokenLine(f"{place}: {reason_of(error, path)}")
+
+
+def parse_item(line: bytes) -> tuple[str, Item]:
+    """Id and item of a line; nothing is read yet.  Raises InputError."""
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"is not JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise InputError(f'is no item: expected {{"id": ..., "text": ..., "image": ...}}, got {type(record).__name__}.')
+    for key in record:
+        if key not in _FIELDS:
+            raise InputError(f"has no field {key!r}. {did_you_mean(key, _FIELDS)}")
+    id = record.pop("id", None)
+    if isinstance(id, bool) or not isinstance(id, (str, int)) or not str(id):
+        raise InputError(f"has no id: expected a string or a whole number, got {id!r}.")
+    item = Item.parse(record)
+    if any(not isinstance(one, str) for one in item.images):
+        raise InputError("has an image that is no file name.")
+    if not item.images and not (item.text or "").strip():
+        raise InputError("is empty: give it text, an image, or both.")
+    return str(id), item
+
+
+def _id_of(line: bytes) -> bytes | None:
+    """A hash of the id of a line, if it has one; a list may have more ids than the memory should hold."""
+    try:
+        id = str(json.loads(line)["id"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _read(path: str, id: str, item: Item) -> ListedItem:
+    """Raises ImageError, naming the picture, for one that cannot be read."""
+    text = clean(item.text or "")
+    if not item.images:
+        file, row = path, Row(uri=uri_of(path, id), kind="text", part=0, size=0, mtime_ns=0, content_hash="")
+        row = replace(row, size=len(text.encode()), content_hash=hashlib.sha256(text.encode()).hexdigest())
+    else:
+        files = [str(Path(path).parent / str(one)) for one in item.images]
+        file = files[0]
+        pixels = IMAGE_PIXELS if (item.max_tiles or 1) == 1 else PAGE_PIXELS
+        pictures = [load_image(one, reduce_to=pixels) for one in files]
+        width, height = image_size(file)
+        row = Row(
+            uri=uri_of(file, id),
+            kind="image",
+            part=0,
+            size=Path(file).stat().st_size,
+            mtime_ns=0,
+            content_hash=content_hash(file),
+            width=width,
+            height=height,
+            thumbnail=thumbnail(pictures[0]),
+        )
+        item = replace(item, image=pictures)
+    return ListedItem(id, replace(row, mtime_ns=Path(file).stat().st_mtime_ns, text=text, title=id), item)

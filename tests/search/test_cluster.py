@@ -1,0 +1,101 @@
+"""A Ray cluster of two nodes on this machine: workers die, and what comes out is what one process makes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tests.search import fakes
+from tests.search.fakes import FakeEncoder
+from tests.search.files import pdf, write_image
+from tests.search.test_embed import content
+
+from quarterlight.errors import CheckpointError, InputError
+from quarterlight.index.shards import ShardFolder
+from quarterlight.records import Item
+from quarterlight.search.cluster import Cluster
+from quarterlight.search.embed import EmbedConfig, Local, embed
+from quarterlight.search.encoder import identity_of
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'quarterlight[ray]'")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own, in code that it calls
+
+SMALL = EmbedConfig(items_per_shard=4, items_per_group=2)
+
+
+class Mortal(FakeEncoder):
+    """Kills the process that it is in, unless that has happened before."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
+        if self.num_encoded >= 2 and not self.mark.exists():  # in the midst of its work
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_document(items)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """Two nodes of one CPU each."""
+    import sys
+
+    from ray.cluster_utils import Cluster as Nodes
+
+    memory = 80 * 2**20
+    ray.cloudpickle.register_pickle_by_value(fakes)  # the workers cannot import the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory})
+    nodes.add_node(num_cpus=1, object_store_memory=memory)
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    for number in range(12):
+        write_image(folder / f"{number}.png", (10 * number, 200, 30))
+    (folder / "fruit.pdf").write_bytes(pdf(["apples", None, "plums"]))
+    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "list.jsonl").write_text('{"id": 1, "text": "words"}\n{"id": 2, "image": "1.png"}\n{"id": 3}\n')
+    return folder
+
+
+def test_a_killed_worker_loses_nothing(nodes: Any, corpus: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "killed"
+    cluster = Cluster.connect("auto", functools.partial(Mortal, mark), num_workers=2)
+    identity = cluster.identity()
+    assert identity == identity_of(FakeEncoder())
+    inputs = [corpus, corpus / "list.jsonl"]
+    report = embed(inputs, ShardFolder.create(tmp_path / "ray", identity), cluster, config=SMALL)
+    assert mark.exists(), "a worker was killed at work"
+    alone = embed(inputs, ShardFolder.create(tmp_path / "alone", identity), Local(FakeEncoder()), config=SMALL)
+    assert content(tmp_path / "ray") == content(tmp_path / "alone")
+    assert len(content(tmp_path / "ray")) == report.num_rows == 16
+    assert report.problems == alone.problems and len(report.problems) == 3
+    names = [sorted(path.name for path in (tmp_path / one / "shards").iterdir()) for one in ("ray", "alone")]
+    assert names[0] == names[1]
+
+
+def broken() -> FakeEncoder:
+    raise CheckpointError("There is no such model.")
+
+
+def test_what_goes_wrong(nodes: Any) -> None:
+    with pytest.raises(CheckpointError, match="no such model"):
+        Cluster(broken).identity()
+    with pytest.raises(InputError, match="has 2 CPUs, which is too few for 3 workers"):
+        Cluster(FakeEncoder, 3).identity()

@@ -1,0 +1,258 @@
+"""Bulk embedding: shards depend on the files alone, are resumed, and give the index that `index` gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+from tests.search.fakes import FakeEncoder, FakeReranker
+from tests.search.files import pdf, write_image
+
+from quarterlight.errors import InputError, StoreError
+from quarterlight.images import load_image
+from quarterlight.index import IndexStore, ModelIdentity, VectorPrecision
+from quarterlight.index.rows import path_of
+from quarterlight.index.shards import ShardFolder
+from quarterlight.records import Item
+from quarterlight.search.embed import EmbedConfig, EmbedReport, Group, Local, Shard, embed
+from quarterlight.search.encoder import identity_of
+from quarterlight.search.ingest import ingest
+from quarterlight.search.load import load
+from quarterlight.search.retrieve import Searcher
+
+SMALL = EmbedConfig(items_per_shard=2, items_per_group=2)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three pictures, a PDF of three pages of which one is broken, two sections, and a file that is no picture."""
+    folder = tmp_path / "corpus"
+    for colour in ("red", "green", "blue"):
+        write_image(folder / "pictures" / f"{colour}.png", colour)
+    (folder / "fruit.pdf").write_bytes(pdf(["apples and pears", None, "plums"], title="Fruit"))
+    (folder / "notes.md").write_text("# Garden\nRoses.\n# Kitchen\nKnives.\n")
+    (folder / "bad.png").write_bytes(b"no picture")
+    return folder
+
+
+def run(
+    paths: Sequence[Path],
+    out: Path,
+    encoder: FakeEncoder | None = None,
+    precision: VectorPrecision | None = None,
+    config: EmbedConfig = SMALL,
+) -> EmbedReport:
+    encoder = encoder or FakeEncoder()
+    folder = ShardFolder.create(out, identity_of(encoder), precision=precision)
+    return embed(paths, folder, Local(encoder), config=config)
+
+
+def rows_of(store: IndexStore) -> dict[str, Any]:
+    """id -> everything else, vectors included."""
+    return {record.pop("id"): record for record in store._table.to_arrow().to_pylist()}
+
+
+def content(out: Path) -> dict[str, Any]:
+    """URI and part -> everything that shards say of it."""
+    tables = [pq.read_table(path) for path in (out / "shards").glob("*.parquet")]
+    return {(one["uri"], one["part"]): one for table in tables for one in table.to_pylist()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
+def test_shards_make_the_index_that_index_makes(tmp_path: Path, corpus: Path, precision: VectorPrecision) -> None:
+    report = run([corpus], tmp_path / "out", precision=precision)
+    assert (report.num_items, report.num_embedded, report.num_rows) == (6, 6, 7)
+    identity = identity_of(FakeEncoder())
+    loaded = IndexStore.create(tmp_path / "loaded", identity, precision=precision)
+    assert load(ShardFolder.open(tmp_path / "out"), loaded).num_rows == 7
+    indexed = IndexStore.create(tmp_path / "indexed", identity, precision=precision)
+    there = ingest([corpus], indexed, FakeEncoder())
+    assert rows_of(loaded) == rows_of(indexed)
+    assert report.problems == there.problems and len(report.problems) == 2
+    again = ingest([corpus], loaded, encoder := FakeEncoder())
+    assert (again.unchanged, encoder.num_encoded) == (5, 0), "what came from shards is known"
+
+
+def test_a_run_that_is_started_again(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "out"
+
+    class Stopped(FakeEncoder):
+        def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
+            if self.num_encoded >= 4:
+                raise KeyboardInterrupt
+            return super().encode_document(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run([corpus], out, Stopped())
+    assert not list(out.glob("shards/*.part"))
+    kept = content(out)
+    assert 0 < len(kept) < 7
+    encoder = FakeEncoder()
+    report = run([corpus], out, encoder)
+    assert encoder.num_encoded == 7 - len(kept) and report.num_rows == 7
+    run([corpus], tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
+    encoder = FakeEncoder()
+    report = run([corpus], out, encoder)
+    assert (encoder.num_encoded, report.num_embedded, len(report.problems)) == (0, 1, 2), "only the bad file is read"
+
+
+def test_changed_new_and_vanished_files(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "out"
+    run([corpus], out)
+    write_image(corpus / "pictures" / "red.png", "yellow", (50, 30))
+    write_image(corpus / "pictures" / "new.png", "white")
+    write_image(corpus / "bad.png", "black")
+    (corpus / "pictures" / "blue.png").unlink()
+    encoder = FakeEncoder()
+    report = run([corpus], out, encoder)
+    run([corpus], tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
+    assert encoder.num_encoded < report.num_rows == 8
+    assert [Path(problem.path).name for problem in report.problems] == ["fruit.pdf"], "bad.png is mended"
+
+
+def test_index_by_an_engine(tmp_path: Path, corpus: Path) -> None:
+    """As `index --ray` does; a cluster only is another engine."""
+    stores = [IndexStore.create(tmp_path / name, identity_of(FakeEncoder())) for name in ("engine", "alone")]
+    there = ingest([corpus], stores[1], FakeEncoder())
+    report = ingest([corpus], stores[0], None, engine=Local(FakeEncoder()))
+    assert rows_of(stores[0]) == rows_of(stores[1])
+    assert (report.new, report.problems) == (there.new, there.problems) and report.num_rows == 7
+    (corpus / "notes.md").unlink()
+    report = ingest([corpus], stores[0], None, engine=Local(encoder := FakeEncoder()))
+    assert (report.unchanged, report.deleted, report.num_rows, encoder.num_encoded) == (4, 1, 5, 0)
+    with pytest.raises(InputError, match="visual tokens, which are not made on a cluster"):
+        ingest([corpus], stores[0], None, engine=Local(FakeEncoder()), visual_tokens="int8")
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Path:
+    """A list in which lines 3 and on are bad in all ways."""
+    for colour in ("red", "green"):
+        write_image(tmp_path / "list" / f"{colour}.png", colour)
+    lines = [
+        '{"id": "a/1", "text": "a red thing", "image": "red.png"}',
+        '{"id": 2, "text": "dark words"}',
+        "",
+        '{"id": "x", "image": "missing.png"}',
+        '{"id": "a/1", "text": "again"}',
+        '{"id": "y", "txet": "t"}',
+        '{"text": "no id"}',
+        '{"id": "z"}',
+        "[1]",
+        "{",
+        '{"id": "both", "image": ["red.png", "green.png"], "max_tiles": 4}',
+        '{"id": "ü", "image": "red.png"}',
+    ]
+    path = tmp_path / "list" / "catalogue.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_lists_of_items(tmp_path: Path, catalogue: Path) -> None:
+    report = run([catalogue, catalogue], tmp_path / "out", config=EmbedConfig(items_per_shard=5, items_per_group=2))
+    found = {one["id"]: one for one in content(tmp_path / "out").values()}
+    assert found.keys() == {"a/1", "2", "both", "ü"} and report.num_items == 12
+    given = {
+        "a/1": Item(text="a red thing", image=load_image(catalogue.parent / "red.png")),
+        "2": Item(text="dark words"),
+        "both": Item(image=[load_image(catalogue.parent / f"{colour}.png") for colour in ("red", "green")]),
+        "ü": Item(image=load_image(catalogue.parent / "red.png")),
+    }
+    for id, item in given.items():
+        assert np.array_equal(found[id]["vector"], FakeEncoder().encode_document([item])[0])
+    reasons = {problem.reason.split(":")[0]: problem.reason for problem in report.problems}
+    assert list(reasons) == sorted(reasons) and len(reasons) == 7
+    assert "No such file" in reasons["line 4, id x"]
+    assert "same id" in reasons["line 5, id a/1"]
+    assert "Did you mean 'text'" in reasons["line 6"]
+    assert "no id" in reasons["line 7"] and "empty" in reasons["line 8"]
+    assert "got list" in reasons["line 9"] and "not JSON" in reasons["line 10"]
+    written = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").read_text().splitlines()]
+    assert [one["reason"] for one in written] == [problem.reason for problem in report.problems]
+
+
+def test_items_of_a_list_are_found(tmp_path: Path, catalogue: Path) -> None:
+    run([catalogue], tmp_path / "out")
+    store = IndexStore.create(tmp_path / "store", identity_of(FakeEncoder()))
+    load(ShardFolder.open(tmp_path / "out"), store)
+    load(ShardFolder.open(tmp_path / "out"), store)
+    assert store.count() == 4
+    searcher = Searcher(store, FakeEncoder(), reranker=FakeReranker(), rerank=4)
+    hits = {hit.title: hit for hit in searcher.search("dark red words")}
+    assert hits["a/1"].path == catalogue.parent / "red.png" and hits["2"].path == catalogue
+    assert hits["2"].rerank_score == pytest.approx(0.5), "the reranker reads the words without the id"
+    assert not searcher.problems
+    assert {hit.title for hit in searcher.search("red", within=catalogue.parent / "red.png")} == {"a/1", "ü", "both"}
+    ingest([catalogue.parent], store, FakeEncoder())
+    assert store.count() == 6, "both pictures stand beside the items that show them"
+    (catalogue.parent / "red.png").unlink()
+    ingest([catalogue.parent], store, FakeEncoder())
+    assert store.count() == 5
+
+
+def test_other_model_and_precision(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "out"
+    run([corpus], out, precision="int8")
+    with pytest.raises(StoreError, match="as int8, not as float32: leave out --precision"):
+        run([corpus], out, precision="float32")
+    with pytest.raises(StoreError, match=r"holds embeddings of model 'fake'.*--out"):
+        run([corpus], out, FakeEncoder(model_hash="0" * 64))
+    assert run([corpus], out).num_rows == 7
+    shards = ShardFolder.open(out)
+    with pytest.raises(StoreError, match=r"as int8, too coarse .* as float32"):
+        load(shards, IndexStore.create(tmp_path / "fine", shards.model))
+    load(shards, binary := IndexStore.create(tmp_path / "coarse", shards.model, precision="binary"))
+    assert binary.count() == 7
+    other = ModelIdentity(name="other", hash="0" * 64, dimension=64)
+    with pytest.raises(StoreError, match="cannot be compared"):
+        load(shards, IndexStore.create(tmp_path / "other", other))
+    with pytest.raises(StoreError, match="is not a folder of embeddings"):
+        ShardFolder.open(tmp_path)
+    shard = next((out / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(StoreError, match=r"damaged.*embedded again"):
+        run([corpus], out)
+    shard.unlink()
+    assert run([corpus], out).num_rows == 7
+
+
+def test_groups_in_any_order_and_twice(tmp_path: Path, corpus: Path) -> None:
+    """As a cluster may give them."""
+    encoder = FakeEncoder()
+
+    def engine(shards: Sequence[Shard], config: EmbedConfig) -> Iterator[Group]:
+        groups = list(Local(encoder)(shards, config))
+        order = np.random.default_rng(0).permutation(2 * len(groups))
+        yield from (groups[n % len(groups)] for n in order)
+
+    embed([corpus], ShardFolder.create(tmp_path / "out", identity_of(encoder)), engine, config=SMALL)
+    run([corpus], tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_the_model_refuses(tmp_path: Path, corpus: Path) -> None:
+    class Picky(FakeEncoder):
+        def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
+            if any("Roses" in (item.text or "") for item in items):
+                raise InputError("No roses.")
+            return super().encode_document(items)
+
+    report = run([corpus], tmp_path / "out", Picky())
+    reasons = {Path(path).name: reason for path, reason in report.problems}
+    assert reasons["notes.md"] == "section 1 is refused by the model: No roses." and report.num_rows == 6
+
+
+def test_what_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing cannot be indexed: No such file"):
+        run([tmp_path / "missing"], tmp_path / "out")
+    with pytest.raises(InputError, match="items_per_shard"):
+        EmbedConfig(items_per_shard=0)
+    assert path_of("file:///a/b.png#x") == Path("/a/b.png")
