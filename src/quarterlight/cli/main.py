@@ -46,8 +46,11 @@ HELP = """Universal multimodal retrieval: find pictures and document pages with 
     quarterlight COMMAND --help      options and an example of each command
 """
 
-TRAIN_EXTRA = {"accelerate", "faiss", "httpx2", "matplotlib", "peft", "tensorboard"}
-"""Modules of the extra ``train``, which the commands that train, mine and judge need."""
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "faiss", "httpx2", "matplotlib", "peft", "tensorboard"), "train"),
+    **dict.fromkeys(("datasets", "mteb"), "eval"),
+}
+"""Module -> the extra that it comes with: ``train`` for the commands that train, mine and judge."""
 
 BROKEN_PIPE = 128 + 13  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 128 + 2  # and by SIGINT
@@ -82,9 +85,10 @@ class Program(TyperGroup):
         except QuarterlightError as error:
             raise _stop(f"Error: {' '.join(str(error).split())}", 1) from None
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in TRAIN_EXTRA:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
                 raise
-            raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[train]'", 1) from None
+            raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[{extra}]'", 1) from None
         except KeyboardInterrupt:
             raise _stop("Stopped.", INTERRUPTED) from None
         except BrokenPipeError:
