@@ -1,13 +1,16 @@
-"""What the benches of models share: how long a call takes, and what the machine could do at best."""
+"""What the benches of models share: rounds in which systems take turns, and what the machine could do at best."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+_K = TypeVar("_K", bound=Hashable)
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
@@ -20,6 +23,38 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     function()
     wait()
     return time.perf_counter() - start
+
+
+def rounds(
+    systems: Mapping[_K, Callable[[], Any]], repeats: int, device: str, on_run: Callable[[], None] = lambda: None
+) -> dict[_K, list[float]]:
+    """Seconds of each system in each round; a round runs every system once, each second one in reverse order.
+
+    One round more, the first, warms up and is not among them: ``(1 + repeats) * len(systems)`` runs, after each of
+    which ``on_run`` is called.
+    """
+    times: dict[_K, list[float]] = {name: [] for name in systems}
+    for turn in range(1 + repeats):
+        for name in systems if turn % 2 else reversed(list(systems)):
+            taken = seconds(systems[name], device)
+            times[name] += [taken] * (turn > 0)
+            on_run()
+    return times
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Median, least and most, rounded.
+
+    >>> spread([3.0, 1.0, 2.0])
+    {'median': 2.0, 'min': 1.0, 'max': 3.0}
+    """
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
+
+
+def times_faster(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratio of times of the same round."""
+    return spread([one / other for one, other in zip(slow, fast, strict=True)])
 
 
 def ceiling_of(device: str, dtype: torch.dtype) -> dict[str, float]:

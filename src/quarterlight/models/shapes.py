@@ -103,14 +103,20 @@ def build_random(
     visual_token_compression: int = 1,
     device: str | torch.device = "cpu",
     language_head: bool = False,
+    max_layers: int | None = None,
     seed: int = 0,
 ) -> Any:
     """A model of an InternVL3's size with random weights, in ``eval`` mode.
 
     The weights are made in ``dtype`` and filled in place, so that no more memory is needed than they take.
     language_head: adds the head that writes words, which embedding does without.
+    max_layers: cuts vision tower and language model off after so many layers; ``None`` keeps all.
     """
     config = internvl3_config(shape, visual_token_compression=visual_token_compression)
+    if max_layers is not None:
+        for part in (config.vision_config, config.text_config):
+            part.num_hidden_layers = min(max_layers, part.num_hidden_layers)
+        config.text_config.layer_types = config.text_config.layer_types[:max_layers]
     auto = AutoModelForImageTextToText if language_head else AutoModel
     with no_init_weights(), torch.device(device):
         model = auto.from_config(config, dtype=dtype)
