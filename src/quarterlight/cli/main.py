@@ -31,6 +31,8 @@ COMMANDS = {
         "mine": ("quarterlight.cli.bench_mine:bench_mine", "Time and memory of exact nearest neighbours."),
         "rerank": ("quarterlight.cli.bench_rerank:bench_rerank", "Reranking with shared work against pair by pair."),
         "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),
+        "latency": ("quarterlight.cli.bench_infer:bench_latency", "Embedding one at a time, next to other libraries."),
+        "throughput": ("quarterlight.cli.bench_infer:bench_throughput", "Embedding many, next to other libraries."),
         "cost": ("quarterlight.cli.bench_cost:bench_cost", "Visual tokens and latency next to the paper's Table 6."),
         "vtc": ("quarterlight.cli.bench_vtc:bench_vtc", "Visual token compression against none, by model shape."),
     },

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -67,3 +69,44 @@ def ceiling_of(device: str, dtype: torch.dtype) -> dict[str, float]:
     block = torch.ones(2**28, device=device)
     read = min(seconds(block.sum, device) for _ in range(5))
     return {"matmul_tflops": 2 * n**3 / product / 1e12, "read_gb_s": block.nbytes / read / 1e9}
+
+
+class MemoryPeak:
+    """The most memory that was taken inside a ``with`` beyond what was in use at its beginning.
+
+    mb: in 2^20 bytes, of the GPU or else of the process; ``None`` where the system does not say (not Linux).
+    """
+
+    def __init__(self, device: str) -> None:
+        self.mb: float | None = None
+        self._gpu = device.startswith("cuda")
+        self._start = 0.0
+
+    def __enter__(self) -> MemoryPeak:
+        if self._gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated() / 2**20
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its own peak anew
+            self._start = _status_mb("VmRSS") or 0.0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._gpu:
+            import torch
+
+            peak: float | None = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = _status_mb("VmHWM")
+        self.mb = None if peak is None else round(max(0.0, peak - self._start), 1)
+
+
+def _status_mb(name: str) -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
