@@ -114,9 +114,10 @@ def build_random(
     """
     config = internvl3_config(shape, visual_token_compression=visual_token_compression)
     if max_layers is not None:
-        for part in (config.vision_config, config.text_config):
+        parts: tuple[Any, ...] = (config.vision_config, config.text_config)
+        for part in parts:
             part.num_hidden_layers = min(max_layers, part.num_hidden_layers)
-        config.text_config.layer_types = config.text_config.layer_types[:max_layers]
+        parts[1].layer_types = parts[1].layer_types[:max_layers]
     auto = AutoModelForImageTextToText if language_head else AutoModel
     with no_init_weights(), torch.device(device):
         model = auto.from_config(config, dtype=dtype)
