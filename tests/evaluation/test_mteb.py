@@ -18,7 +18,7 @@ from mteb.types import PromptType
 from PIL import Image
 
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
-from quarterlight.errors import DatasetError
+from quarterlight.errors import DatasetError, InputError
 from quarterlight.evaluation.mteb import MtebEmbedder, MtebReranker, OfflineTask, offline_tasks
 from quarterlight.evaluation.retrieval import RetrievalEvaluator
 from quarterlight.images import image_bytes
@@ -250,6 +250,8 @@ def test_an_input_without_content_scores_zero(
     rows = embedder.encode([batch, batch], task_metadata=task, prompt_type=PromptType.document)  # type: ignore[arg-type]
     assert np.linalg.norm(rows, axis=1) == pytest.approx([1, 0, 1, 0])
     assert "2 of 4 have neither text nor picture" in caplog.text
+    with pytest.raises(InputError, match="precision='int8'"):
+        embedder.encode([batch], task_metadata=task, precision="int8")  # type: ignore[arg-type]
     scores = reranker.predict([batch], [batch], task_metadata=task)  # type: ignore[arg-type]
     assert scores[0] > 0 and scores[1] == 0
 

@@ -382,7 +382,6 @@ def _plain_transformers(embedder: Embedder) -> Callable[[Sequence[Group]], npt.N
                     padding=True,
                     padding_side="right",
                     add_special_tokens=False,
-                    split_special_tokens=False,  # which our own tokenising leaves switched on
                     return_tensors="pt",
                     **({"images_kwargs": {"max_patches": PAGE_TILES if kind == "page" else 1}} if pictures else {}),
                 ).to(model.device)

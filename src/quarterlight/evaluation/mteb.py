@@ -49,7 +49,7 @@ from quarterlight.data.retrieval import (
     find_datasets,
     with_instructions,
 )
-from quarterlight.errors import DatasetError, ImageError
+from quarterlight.errors import DatasetError, ImageError, InputError
 from quarterlight.images import image_bytes, load_image
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.reranker import Reranker
@@ -162,13 +162,17 @@ class MtebEmbedder(MtebModel):
         *,
         task_metadata: TaskMetadata,
         prompt_type: PromptType | None = None,
+        precision: str | None = None,
         show_progress_bar: bool = False,
         **others: Any,
     ) -> npt.NDArray[np.float32]:
         """Embeddings of all inputs, float32 [N, D], rows of norm 1; of an input without any content, of norm 0.
 
-        others: which split and subset it is, and settings of encoders of other kinds.
+        others: which split and subset it is, and the size of a batch, which the embedder sees to itself.
+        Raises InputError for a precision other than float32, under whose name mteb would keep the results.
         """
+        if precision not in (None, "float32"):
+            raise InputError(f"Embeddings for mteb are float32, got precision={precision!r}: leave it out.")
         side = None if prompt_type is None else prompt_type.value
         encode = self.embedder.encode_query if side == "query" else self.embedder.encode_document
         bar = tqdm(inputs, desc=f"embed {side or 'inputs'}", unit="batch", disable=not show_progress_bar)
