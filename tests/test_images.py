@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from quarterlight.errors import ImageError
-from quarterlight.images import content_hash, describe, image_size, load_image
+from quarterlight.images import content_hash, describe, image_bytes, image_size, load_image
 from quarterlight.records import ArchiveMember
 
 
@@ -194,3 +194,16 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for read in (load_image, content_hash):
         with pytest.raises(ImageError, match="not a zip"):
             read(ArchiveMember(str(tmp_path / "not.zip"), "a.png"))
+
+
+def test_bytes_of_a_picture(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 3), RED)
+    data = encoded(picture, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jpg", data)
+    for source in (data, tmp_path / "a.jpg", ArchiveMember(str(tmp_path / "a.zip"), "a.jpg")):
+        assert image_bytes(source) == data
+    assert np.array_equal(np.asarray(load_image(image_bytes(picture))), np.asarray(picture))
+    with pytest.raises(ImageError, match=r"missing\.jpg cannot be read"):
+        image_bytes(tmp_path / "missing.jpg")

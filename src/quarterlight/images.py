@@ -102,6 +102,19 @@ def content_hash(source: ImageSource) -> str:
             raise ImageError(f"{describe(source)} cannot be read: {_reason(error)}.") from error
 
 
+def image_bytes(source: ImageSource) -> bytes:
+    """The picture as a file: the bytes of its own, or a PNG of an opened picture.  Raises ImageError as above."""
+    if isinstance(source, Image.Image):
+        stream = io.BytesIO()
+        source.save(stream, "PNG")
+        return stream.getvalue()
+    with _stream(source) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(f"{describe(source)} cannot be read: {_reason(error)}.") from error
+
+
 def describe(source: ImageSource) -> str:
     """A printable name for messages, on one line whatever bytes a file name holds.
 

@@ -65,3 +65,10 @@ def test_build_random(monkeypatch: pytest.MonkeyPatch, tiny_values: dict[str, An
         hidden = one(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state
     assert torch.isfinite(hidden).all()
     assert hidden.float().std() > 0.1
+
+
+def test_fewer_layers(monkeypatch: pytest.MonkeyPatch, tiny_values: dict[str, Any]) -> None:
+    monkeypatch.setattr(shapes, "internvl3_config", lambda _, **more: InternVLVTCConfig(**tiny_values, **more))
+    model = build_random("tiny", dtype=torch.float32, max_layers=1)
+    assert len(model.vision_tower.encoder.layer) == len(model.language_model.layers) == 1
+    model(torch.zeros(1, 4, dtype=torch.int64))

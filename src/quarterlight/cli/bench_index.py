@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 
 from quarterlight.cli import console
+from quarterlight.cli.generated import page, write_picture
 from quarterlight.errors import InputError
 from quarterlight.images import describe
 
@@ -138,31 +138,12 @@ def _generate(scratch: Path, images: Sequence[int] | None, pages: int) -> list[t
 
 
 def _write_picture(folder: Path, number: int) -> None:
-    """Smooth shapes with fine grain: about as large a file, and as slow to decode, as a photograph of that size."""
-    from PIL import Image
-
-    rng = np.random.default_rng(number)
-    width, height = (int(side) for side in rng.integers(128, 351, size=2))
-    shapes = Image.fromarray(rng.integers(0, 256, size=(6, 6, 3), dtype=np.uint8)).resize((width, height), 3)
-    grain = rng.integers(-16, 17, size=(height, width, 1))
-    picture = Image.fromarray(np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8))
-    picture.save(folder / f"{number:06}.{'jpg' if number % 2 else 'webp'}", quality=80)
+    write_picture(folder / f"{number:06}.{'jpg' if number % 2 else 'webp'}", number)
 
 
 def _pdf_writer(size: tuple[int, int]) -> Callable[[Path, int], None]:
     def write(folder: Path, number: int) -> None:
-        from PIL import Image, ImageDraw, ImageFont
-
-        font: Any = ImageFont.load_default(26)
-        pages = []
-        for page in range(PAGES_PER_PDF):
-            rng = np.random.default_rng((number, page))
-            picture = Image.new("RGB", size, "white")
-            draw = ImageDraw.Draw(picture)
-            for top in range(80, size[1] - 80, 40):
-                words = ("".join(map(chr, rng.integers(97, 123, size=length))) for length in rng.integers(2, 10, 14))
-                draw.text((80, top), " ".join(words), fill="black", font=font)
-            pages.append(picture)
-        pages[0].save(folder / f"{number:04}.pdf", save_all=True, append_images=pages[1:])
+        first, *rest = (page(size, (number, place)) for place in range(PAGES_PER_PDF))
+        first.save(folder / f"{number:04}.pdf", save_all=True, append_images=rest)
 
     return write

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import ceiling_of, seconds
+from quarterlight.cli.measure import ceiling_of, rounds, times_faster
 from quarterlight.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -70,26 +71,20 @@ def bench_rerank(
             WHOLE: lambda: _whole(reranker, items),
         }
         scores: dict[str, np.ndarray] = {}
-        times: dict[str, list[float]] = {name: [] for name in systems}
         line = bar.add_task("Timing", total=(1 + repeats) * len(systems))
-        for turn in range(1 + repeats):
-            for name in systems if turn % 2 else reversed(systems):
-                taken = seconds(lambda name=name: scores.__setitem__(name, systems[name]()), device)
-                times[name] += [taken] * (turn > 0)  # the first warms up
-                bar.advance(line)
+        runs = {name: functools.partial(_kept, scores, name, score) for name, score in systems.items()}
+        times = rounds(runs, repeats, device, lambda: bar.advance(line))
     differ = max(float(np.abs(scores[name] - scores[WHOLE]).max()) for name in (SHARED, READ))
     if not differ < TOLERANCE[str(chosen).removeprefix("torch.")]:
         raise CheckpointError(f"The systems disagree: their scores differ by {differ:.1e}.")
     floors = _floors(reranker, items, seen, ceiling)
-    ratios = {
-        name: [slow / fast for slow, fast in zip(times[WHOLE], times[name], strict=True)] for name in (SHARED, READ)
-    }
+    ratios = {name: times_faster(times[WHOLE], times[name]) for name in (SHARED, READ)}
     title = f"{shape}, {str(chosen).removeprefix('torch.')}, {device}: {candidates} pictures, {tiles} tiles, one query"
     table = console.table(
         "system", "ms", "floor ms", "times faster", title=title, right=("ms", "floor ms", "times faster")
     )
     for name in systems:
-        faster = f"{statistics.median(ratios[name]):.2f}" if name in ratios else ""
+        faster = f"{ratios[name]['median']:.2f}" if name in ratios else ""
         table.add_row(name, f"{1e3 * statistics.median(times[name]):,.1f}", f"{floors[name]:,.1f}", faster)
     console.out.print(table)
     console.out.print(
@@ -109,13 +104,14 @@ def bench_rerank(
         "ceiling": {name: round(value, 3) for name, value in ceiling.items()},
         "median_ms": {name: round(1e3 * statistics.median(one), 2) for name, one in times.items()},
         "floor_ms": {name: round(one, 2) for name, one in floors.items()},
-        "times_faster": {
-            name: {"median": round(statistics.median(one), 3), "min": round(min(one), 3), "max": round(max(one), 3)}
-            for name, one in ratios.items()
-        },
+        "times_faster": ratios,
         "largest_difference_of_scores": differ,
     }
     console.print_record(record, out)
+
+
+def _kept(scores: dict[str, Any], name: str, score: Callable[[], Any]) -> None:
+    scores[name] = score()
 
 
 def _reranker(shape: str, dtype: Any, device: str) -> Reranker:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import ceiling_of, seconds
+from quarterlight.cli.measure import ceiling_of, rounds
 from quarterlight.errors import InputError
 
 PROMPT_TOKENS = {"natural image": 19, "document page": 20}
@@ -86,21 +86,23 @@ def bench_vtc(
         raise InputError(f"--compression is 2 or 4, got {compression}; s = 1 is what it is compared with.")
     import torch
 
-    samples: dict[tuple[str, int], list[tuple[float, float]]] = {}
     with torch.inference_mode(), console.progress("runs") as bar:
         waiting = bar.add_task(f"Building {shape}", total=None)
         ceiling = ceiling_of(device, torch.bfloat16)
         cases = _cases(shape, (1, compression), device, batch)
         bar.remove_task(waiting)
-        line = bar.add_task("Timing", total=(1 + repeats) * len(cases))
-        for turn in range(1 + repeats):
-            for key in cases if turn % 2 else reversed(cases):
-                times = [seconds(half, device) / batch for half in (cases[key].vision, cases[key].text)]
-                samples.setdefault(key, []).append((times[0], times[1]))
-                bar.advance(line)
-    rounds = {key: samples[key][1:] for key in cases}  # without the warm-up
-    timings = [_timing(case, rounds[key], ceiling, batch) for key, case in cases.items()]
-    ratios = [_ratio(kind, compression, rounds[kind, 1], rounds[kind, compression]) for kind in MAX_TILES]
+        halves = {(key, half): getattr(case, half) for key, case in cases.items() for half in ("vision", "text")}
+        line = bar.add_task("Timing", total=(1 + repeats) * len(halves))
+        taken = rounds(halves, repeats, device, lambda: bar.advance(line))
+    samples = {
+        key: [
+            (vision / batch, text / batch)
+            for vision, text in zip(taken[key, "vision"], taken[key, "text"], strict=True)
+        ]
+        for key in cases
+    }
+    timings = [_timing(case, samples[key], ceiling, batch) for key, case in cases.items()]
+    ratios = [_ratio(kind, compression, samples[kind, 1], samples[kind, compression]) for kind in MAX_TILES]
     title = shape if "VL" in shape else f"InternVL3-{shape}"
     _print(timings, ratios, ceiling, title=f"{title}, bfloat16, {device}, {batch} together, ms per candidate")
     record = {

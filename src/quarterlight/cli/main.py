@@ -37,6 +37,9 @@ COMMANDS = {
         "mine": ("quarterlight.cli.bench_mine:bench_mine", "Time and memory of exact nearest neighbours."),
         "rerank": ("quarterlight.cli.bench_rerank:bench_rerank", "Reranking with shared work against pair by pair."),
         "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),
+        "latency": ("quarterlight.cli.bench_infer:bench_latency", "Embedding one at a time, next to other libraries."),
+        "throughput": ("quarterlight.cli.bench_infer:bench_throughput", "Embedding many, next to other libraries."),
+        "cost": ("quarterlight.cli.bench_cost:bench_cost", "Visual tokens and latency next to the paper's Table 6."),
         "vtc": ("quarterlight.cli.bench_vtc:bench_vtc", "Visual token compression against none, by model shape."),
     },
 }
@@ -54,9 +57,10 @@ HELP = """Universal multimodal retrieval: find pictures and document pages with 
 
 EXTRAS = {
     **dict.fromkeys(("accelerate", "faiss", "httpx2", "matplotlib", "peft", "tensorboard"), "train"),
+    **dict.fromkeys(("datasets", "mteb"), "eval"),
     "ray": "ray",
 }
-"""Module -> the extra that brings it: what training, mining and judging need, and what runs on a cluster."""
+"""Module -> the extra that brings it, named after what needs it."""
 
 BROKEN_PIPE = 128 + 13  # what a shell reports for a program ended by SIGPIPE
 INTERRUPTED = 128 + 2  # and by SIGINT

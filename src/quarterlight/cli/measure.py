@@ -1,13 +1,18 @@
-"""What the benches of models share: how long a call takes, and what the machine could do at best."""
+"""What the benches of models share: rounds in which systems take turns, and what the machine could do at best."""
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+_K = TypeVar("_K", bound=Hashable)
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
@@ -22,6 +27,38 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def rounds(
+    systems: Mapping[_K, Callable[[], Any]], repeats: int, device: str, on_run: Callable[[], None] = lambda: None
+) -> dict[_K, list[float]]:
+    """Seconds of each system in each round; a round runs every system once, each second one in reverse order.
+
+    One round more, the first, warms up and is not among them: ``(1 + repeats) * len(systems)`` runs, after each of
+    which ``on_run`` is called.
+    """
+    times: dict[_K, list[float]] = {name: [] for name in systems}
+    for turn in range(1 + repeats):
+        for name in systems if turn % 2 else reversed(list(systems)):
+            taken = seconds(systems[name], device)
+            times[name] += [taken] * (turn > 0)
+            on_run()
+    return times
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Median, least and most, rounded.
+
+    >>> spread([3.0, 1.0, 2.0])
+    {'median': 2.0, 'min': 1.0, 'max': 3.0}
+    """
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
+
+
+def times_faster(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratio of times of the same round."""
+    return spread([one / other for one, other in zip(slow, fast, strict=True)])
+
+
 def ceiling_of(device: str, dtype: torch.dtype) -> dict[str, float]:
     """What this machine reaches on a 4096^3 matrix product, in TFLOP/s, and on reading 1 GiB, in GB/s."""
     import torch
@@ -32,3 +69,44 @@ def ceiling_of(device: str, dtype: torch.dtype) -> dict[str, float]:
     block = torch.ones(2**28, device=device)
     read = min(seconds(block.sum, device) for _ in range(5))
     return {"matmul_tflops": 2 * n**3 / product / 1e12, "read_gb_s": block.nbytes / read / 1e9}
+
+
+class MemoryPeak:
+    """The most memory that was taken inside a ``with`` beyond what was in use at its beginning.
+
+    mb: in 2^20 bytes, of the GPU or else of the process; ``None`` where the system does not say (not Linux).
+    """
+
+    def __init__(self, device: str) -> None:
+        self.mb: float | None = None
+        self._gpu = device.startswith("cuda")
+        self._start = 0.0
+
+    def __enter__(self) -> MemoryPeak:
+        if self._gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated() / 2**20
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its own peak anew
+            self._start = _status_mb("VmRSS") or 0.0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._gpu:
+            import torch
+
+            peak: float | None = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = _status_mb("VmHWM")
+        self.mb = None if peak is None else round(max(0.0, peak - self._start), 1)
+
+
+def _status_mb(name: str) -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -59,6 +59,14 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def best_tokens_per_batch(device: torch.device) -> int:
+    """8,192 on a GPU; 2,048 on a CPU, where larger batches fall out of the caches and are padded more.
+
+    With nano on one core, a fourth less time per item than 8,192 (``benchmarks/LOG.md``).
+    """
+    return 2048 if device.type == "cpu" else 8192
+
+
 class Embedder:
     """One model for all modalities.
 
@@ -79,7 +87,7 @@ class Embedder:
         dtype: torch.dtype | None = None,
         visual_token_compression: int | None = None,
         truncate_dim: int | None = None,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int | None = None,
         num_workers: int = 2,
         packed: bool = False,
         preset: str | None = None,
@@ -89,7 +97,8 @@ class Embedder:
         device: ``None`` takes a GPU if there is one.  dtype: ``None`` takes :func:`best_dtype`.
         visual_token_compression: replaces the s that the checkpoint was saved with.
         truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
-        tokens_per_batch: visual and text tokens, padding included, that go through the language model at once.
+        tokens_per_batch: visual and text tokens, padding included, that go through the language model at once;
+            ``None`` takes :func:`best_tokens_per_batch`.
         num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
         packed: rows go through the language model one after the other in one sequence, without padding, rather than
             side by side; see :mod:`quarterlight.models.packed`.  Changes embeddings by rounding only.
@@ -126,7 +135,7 @@ class Embedder:
         name: str = "unsaved",
         folder: Path | None = None,
         truncate_dim: int | None = None,
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int | None = None,
         num_workers: int = 2,
         packed: bool = False,
     ) -> Embedder:
@@ -148,10 +157,12 @@ class Embedder:
         settings: EmbedderSettings,
         name: str,
         truncate_dim: int | None,
-        tokens_per_batch: int,
+        tokens_per_batch: int | None,
         num_workers: int,
         packed: bool,
     ) -> None:
+        if tokens_per_batch is None:
+            tokens_per_batch = best_tokens_per_batch(model.device)
         if tokens_per_batch < 1 or num_workers < 0:
             raise InputError(
                 "tokens_per_batch must be at least 1 and num_workers at least 0, "

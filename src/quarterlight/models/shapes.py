@@ -219,14 +219,21 @@ def build_random(
     visual_token_compression: int = 1,
     device: str | torch.device = "cpu",
     language_head: bool = False,
+    max_layers: int | None = None,
     seed: int = 0,
 ) -> Any:
     """A model of a published one's size with random weights, in ``eval`` mode.
 
     The weights are made in ``dtype`` and filled in place, so that no more memory is needed than they take.
     language_head: adds the head that writes words, which embedding does without.
+    max_layers: cuts vision tower and language model off after so many layers; ``None`` keeps all.
     """
     config = shape_config(shape, visual_token_compression=visual_token_compression)
+    if max_layers is not None:
+        parts: tuple[Any, ...] = (config.vision_config, config.text_config)
+        for part in parts:
+            part.num_hidden_layers = min(max_layers, part.num_hidden_layers)
+        parts[1].layer_types = parts[1].layer_types[:max_layers]
     auto = AutoModelForImageTextToText if language_head else AutoModel
     with no_init_weights(), torch.device(device):
         model = auto.from_config(config, dtype=dtype)

@@ -1,0 +1,113 @@
+"""Latency and throughput: all systems give the same embeddings, and what is counted is what is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from quarterlight.cli import bench_infer
+from quarterlight.cli.main import program
+from quarterlight.cli.measure import MemoryPeak, rounds
+from quarterlight.errors import CheckpointError
+from quarterlight.models.embedder import Embedder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_infer, "ceiling_of", lambda *_: {"matmul_tflops": 0.1, "read_gb_s": 10.0})
+    monkeypatch.setattr(bench_infer, "PICTURE_PIXELS", (60, 80))
+    monkeypatch.setattr(bench_infer, "PAGE_PIXELS", (160, 160))
+    monkeypatch.setattr(bench_infer, "WORDS", (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(program(), ["bench", *arguments])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_throughput(tiny_checkpoint: Path) -> None:
+    record = run("throughput", "--model", str(tiny_checkpoint), "--items", "10", "--repeats", "1", "--dtype", "float32")
+    assert [load["workload"] for load in record["workloads"]] == [*bench_infer.MIXTURES]
+    mixed = record["workloads"][-1]
+    assert mixed["items"] == {"text": 4, "image": 4, "page": 2}
+    ours, plain = (mixed["systems"][name] for name in (bench_infer.OURS, bench_infer.OURS_1))
+    assert ours["ours_times_faster"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert plain["tokens"] - ours["tokens"] == (4 + 2 * 5) * (16 - 4)  # tokens of 14 tiles of the tiny model
+    assert plain["tokens"] == mixed["systems"][bench_infer.TRANSFORMERS]["tokens"]
+    assert ours["items_per_s"] == pytest.approx(1e3 / ours["ms_per_item"]["median"], rel=1e-2)
+    assert max(mixed["largest_difference"].values()) < 1e-4
+    assert set(record["fast_paths"]) >= {"batches by tokens", "pictures decoded meanwhile"}
+
+
+def test_latency(tiny_checkpoint: Path) -> None:
+    arguments = ("--model", str(tiny_checkpoint), "--items", "2", "--repeats", "1", "--dtype", "float32")
+    record = run("latency", *arguments, "--system", "sentence-transformers")
+    assert [load["workload"] for load in record["workloads"]] == ["text", "image", "page"]
+    assert [*record["workloads"][0]["systems"]] == [bench_infer.OURS, bench_infer.SENTENCE_TRANSFORMERS]
+
+
+def test_systems_that_disagree_are_an_error(tiny_embedder: Embedder) -> None:
+    rows = np.eye(2, dtype=np.float32)
+    systems = {name: bench_infer.System(lambda _: rows, s) for name, s in (("a", 2), ("b", 1), ("c", 2))}
+    assert bench_infer._differences({"a": rows, "b": rows[::-1], "c": rows}, systems, "float32")["b"] == 0
+    with pytest.raises(CheckpointError, match="c and a disagree"):
+        bench_infer._differences({"a": rows, "b": rows, "c": rows[::-1]}, systems, "float32")
+
+
+def test_operations_are_those_that_torch_counts(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    embedder = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", num_workers=0, tokens_per_batch=1)
+    embedder.model.set_attn_implementation("eager")
+    groups = bench_infer._items(tmp_path / "files", {"image": 0.5, "page": 0.5}, 2)
+    tokens, flop = bench_infer._work(embedder, groups)
+    with FlopCounterMode(display=False) as counted:
+        bench_infer._encode_ours(embedder, groups)
+    lengths = [bench_infer._work(embedder, [group])[0] for group in groups]
+    assert sum(lengths) == tokens
+    later = sum(2 * 4 * length**2 * 32 / 2 for length in lengths)  # eager attention also computes what it masks
+    assert flop + later == pytest.approx(counted.get_total_flops(), rel=5e-3)
+
+
+def test_a_shape_is_built_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_values: Any) -> None:
+    from quarterlight.models import shapes
+    from quarterlight.models.internvl_vtc import processing
+    from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
+
+    values = {**tiny_values, "text_config": {**tiny_values["text_config"], "vocab_size": 1100}}
+    monkeypatch.setattr(shapes, "internvl3_config", lambda _, **more: InternVLVTCConfig(**values, **more))
+    monkeypatch.setattr(processing.InternVLVTCImageProcessor, "size", {"height": 64, "width": 64})
+    folder = bench_infer._checkpoint(tmp_path, "1B", torch.float32)
+    assert Embedder(folder, dtype=torch.float32, device="cpu").encode_document(["a text"]).shape == (1, 32)
+
+
+def test_unknown_names() -> None:
+    for arguments, message in (
+        (["throughput", "--workload", "mix"], "Did you mean 'mixed'"),
+        (["latency", "--system", "transformer"], "Did you mean 'transformers'"),
+        (["latency", "--dtype", "int8"], "float32 or bfloat16"),
+    ):
+        result = CliRunner().invoke(program(), ["bench", *arguments])
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_rounds_take_turns() -> None:
+    order: list[str] = []
+    times = rounds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")
+    assert "".join(order) == "ba" + "ab" + "ba"
+    assert [len(one) for one in times.values()] == [2, 2]
+
+
+def test_memory_peak_sees_what_is_let_go_again() -> None:
+    with MemoryPeak("cpu") as peak:
+        block = np.ones(2**26, dtype=np.uint8)
+        del block
+    assert peak.mb is None or 60 < peak.mb < 200
