@@ -22,7 +22,7 @@ from quarterlight.data.distill import ScoredList
 from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.mining.embeddings import Contents, Embeddings, Encoder
+from quarterlight.training.embeddings import Contents, Embeddings, Encoder
 from quarterlight.mining.negatives import MineRecipe, mine, mined_file
 from quarterlight.records import Item
 from quarterlight.training.distributed import processes
