@@ -22,10 +22,10 @@ from quarterlight.data.distill import ScoredList
 from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.training.embeddings import Contents, Embeddings, Encoder
 from quarterlight.mining.negatives import MineRecipe, mine, mined_file
 from quarterlight.records import Item
 from quarterlight.training.distributed import processes
+from quarterlight.training.embeddings import Contents, Embeddings, Encoder
 
 PART = 64
 """Queries scored and written at once: so many are lost at most when a process is killed."""
