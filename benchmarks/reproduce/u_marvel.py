@@ -197,7 +197,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     )  # fmt: skip
 
     judged = {
-        "retrieve": {"depth": 20, "window": None, "sample": None, "pool": "global"},
+        "retrieve": {"depth": 20, "window": None, "sample": None},
         "judge": {"backend": "labels", "truth": str(arguments.out / "data" / "truth")},
         "finetune": hard(),
     }

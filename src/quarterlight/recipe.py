@@ -392,6 +392,10 @@ class Recipe:
             if self.rerank.initial == "finetune" and self.contrast and not self.model.text.get("tie_word_embeddings"):
                 raise RecipeError(NO_HEAD)
         if self.judge is not None:
+            if self.judge.truth and self.retrieve is not None and self.retrieve.pool == "global":
+                raise RecipeError(
+                    "judge.truth knows the candidates of each task alone, so retrieve.pool cannot be global beside it."
+                )
             names = [task.label for task in self.tasks("judge")]
             for name in (*self.judge.exempt, *self.judge.instructions):
                 if name not in names:
