@@ -47,9 +47,6 @@ TEXT_PAIRS = {"esnli": ("t2t",)}
 CAPTIONS = [{"dataset": name, "task": "t2i"} for name in ("emoji", "icons_mdi")]
 MIXTURE = [{"dataset": name, "task": task} for name, tasks in common.TASKS.items() for task in tasks]
 
-BATCH = 96
-"""Queries of a batch, unless the row says another: a fortieth of U-MARVEL's 3,840."""
-
 RATE = 2.5
 """Times U-MARVEL's learning rates: so small a model, in so few steps."""
 
@@ -83,10 +80,14 @@ class Row:
 
 
 def stage(
-    arguments: argparse.Namespace, *, batch: int = BATCH, rate: float = 4e-4, part: float = 1.0, **loss: Any
+    arguments: argparse.Namespace, *, share: float = 1.0, rate: float = 4e-4, part: float = 1.0, **loss: Any
 ) -> Any:
-    """A contrastive stage that sees as many samples whatever its batch. rate: as U-MARVEL has it."""
-    steps = max(1, round(part * arguments.steps * BATCH / batch))
+    """A contrastive stage that sees as many samples whatever its batch.
+
+    share: its batch, of U-MARVEL's 3,840.  rate: as U-MARVEL has it.  part: its samples, of those of a warm-up.
+    """
+    batch = max(4, round(arguments.batch * share))
+    steps = max(1, round(part * arguments.steps * arguments.batch / batch))
     optimizer = {
         "num_steps": steps,
         "learning_rate": RATE * rate,
@@ -130,8 +131,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     )
     yield Row(id="t2-none", name="no instruction", paper=(55.3, 43.4), instruction=False, **masked)
 
-    texts = {"text_pairs": make(batch=48, rate=2e-4, part=0.5) | {"mixture": pairs(TEXT_PAIRS)}}
-    captions = {"caption_pairs": make(batch=64, rate=1e-4, part=0.5, backward_weight=1.0) | {"mixture": CAPTIONS}}
+    texts = {"text_pairs": make(share=1 / 2, rate=2e-4, part=0.5) | {"mixture": pairs(TEXT_PAIRS)}}
+    captions = {"caption_pairs": make(share=2 / 3, rate=1e-4, part=0.5, backward_weight=1.0) | {"mixture": CAPTIONS}}
     yield Row(table="T3", id="t3-one", name="M-BEIR only", paper=(56.6, 53.9), values=plain)
     yield Row(table="T3", id="t3-two", name="+ NLI", paper=(57.3, 55.5), values={**texts, **plain})
     progressive = {**texts, **captions, "warmup": make(**LEARNT)}
@@ -147,14 +148,14 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
         (7680, True, 4e-4, 60.3),
     ):
         kind = "learnable" if learnt else "fixed"
-        own = round(batch * BATCH / 3840)
+        share = batch / 3840
         yield Row(
-            table="T4", id=f"t4-{batch}-{kind}-{rate:g}", name=f"{batch} ({own} here), {kind}, {rate:g}",
-            paper=(local, None), values={"warmup": make(batch=own, rate=rate, **(LEARNT if learnt else {}))},
+            table="T4", id=f"t4-{batch}-{kind}-{rate:g}", name=f"{batch} ({arguments.batch * share:.0f} here), {kind}, {rate:g}",
+            paper=(local, None), values={"warmup": make(share=share, rate=rate, **(LEARNT if learnt else {}))},
         )  # fmt: skip
 
-    # batches of 17 queries a device there, of BATCH / 4 here; the learning rate is a twenty-seventh of that before
-    hard = partial(make, batch=BATCH // 4, rate=1e-4, part=0.25, num_negatives=5, **{**LEARNT, **INHERITED})
+    # batches of 17 queries a device there, of a quarter of a warm-up's here; the learning rate is a twenty-seventh of that before
+    hard = partial(make, share=1 / 4, rate=1e-4, part=0.25, num_negatives=5, **{**LEARNT, **INHERITED})
     found = {"depth": 100, "window": None, "sample": 5, "pool": "global"}
     filtered = {"mine": {**found, "max_score": arguments.max_score}, "hard_negatives": hard()}
     yield Row(table="T5", id="t5-none", name="in-batch only", paper=(60.6, 58.7), values=progressive)
@@ -180,7 +181,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
         "rerank": reranker,
         "teach": {"depth": 12, "share": 0.1, "pool": "mixed"},
     }
-    small = {"batch": 8, "rate": 4e-5, "part": 0.1}
+    small = {"share": 1 / 12, "rate": 4e-5, "part": 0.1}
     student = make(**small, **{**LEARNT, **INHERITED})
     control = make(**small, num_negatives=11, in_batch=False, **{**LEARNT, **INHERITED})
     yield Row(
@@ -251,7 +252,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs; stopped ones are resumed")
     parser.add_argument("--start", default="nano", help="model that all rows begin with; default: nano")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    parser.add_argument("--steps", type=int, default=40, help=f"of a batch of {BATCH}, in a warm-up; default: 40")
+    parser.add_argument("--batch", type=int, default=96, help="queries, in place of U-MARVEL's 3,840; default: 96")
+    parser.add_argument("--steps", type=int, default=40, help="of such a batch, in a warm-up; default: 40")
     parser.add_argument("--queries", type=int, default=600, help="of each training task; default: 600")
     parser.add_argument("--max-score", type=float, default=0.7, help="of the filter of Table 5; default: 0.7")
     parser.add_argument("--only", nargs="*", default=[], help="tables (T1) or rows (t1-cl); those they need run too")
@@ -462,6 +464,7 @@ def write(arguments: argparse.Namespace, table: Sequence[Row], scores: Mapping[s
                 lines.append(f"- {names[better]} above {names[worse]}: {verdict(scores[better], scores[worse])}")
         lines.append("")
     record = {
+        "batch": arguments.batch,
         "steps": arguments.steps,
         "queries": arguments.queries,
         "max_score": arguments.max_score,
