@@ -17,8 +17,8 @@ help:  ## show this list
 demo: $(READY)  ## index the example files, search them in four ways, write demo.html
 	$(RUN) -m quarterlight.cli.main demo --out demo.html
 
-test: $(READY)  ## run the test suite
-	$(RUN) -m pytest
+test: $(READY)  ## run the test suite, on all cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 check: $(READY)  ## lint, formatting, types of layers 0-2 and of some above, direction of imports
 	$(RUN) -m ruff check .

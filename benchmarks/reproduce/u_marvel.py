@@ -65,6 +65,7 @@ class Row:
     values: of the recipe, over those that all rows share.  base: id of a row whose stages it takes over.
     last: the stage whose model is measured.  data: how texts are changed.  instruction: whether queries have one.
     reranked: the model is measured together with the reranker of the run.
+    same: id of a row of another table that is the same run.
     """
 
     table: str
@@ -77,6 +78,7 @@ class Row:
     data: str = "plain"
     instruction: bool = True
     reranked: bool = False
+    same: str | None = None
 
 
 def stage(
@@ -98,6 +100,8 @@ def stage(
         "num_workers": 0,
     }
     values = {"batch_size": batch, "temperature": 0.05, "eval_every": 0} | loss
+    if loss.get("learn_temperature"):  # U-MARVEL moves the temperature itself, at 0.05; here its logarithm is moved
+        values["temperature_learning_rate"] = RATE * rate / 0.05
     return {"optimizer": optimizer, "loss": values, "lora": {"rank": 64, "alpha": 128, "dropout": 0.05}}
 
 
@@ -127,8 +131,9 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     masked = {"table": "T2", "values": both}
     yield Row(id="t2-masked", name="instruction, masked in pooling", paper=(57.3, 55.5), **masked)
     yield Row(
-        id="t2-open", name="instruction, not masked", paper=(57.2, 55.2), data="inside", instruction=False, **masked
-    )
+        id="t2-open", name="instruction, not masked", paper=(57.2, 55.2), data="inside", instruction=False,
+        same="t1-bmn", **masked,
+    )  # fmt: skip
     yield Row(id="t2-none", name="no instruction", paper=(55.3, 43.4), instruction=False, **masked)
 
     texts = {"text_pairs": make(share=1 / 2, rate=2e-4, part=0.5) | {"mixture": pairs(TEXT_PAIRS)}}
@@ -150,11 +155,14 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
         kind = "learnable" if learnt else "fixed"
         share = batch / 3840
         yield Row(
-            table="T4", id=f"t4-{batch}-{kind}-{rate:g}", name=f"{batch} ({arguments.batch * share:.0f} here), {kind}, {rate:g}",
+            table="T4", id=f"t4-{batch}-{kind}-{rate:g}",
+            name=f"{batch} ({arguments.batch * share:.0f} here), {kind}, {rate:g}",
+            same="t3-one" if (batch, learnt, rate) == (3840, False, 4e-4) else None,
             paper=(local, None), values={"warmup": make(share=share, rate=rate, **(LEARNT if learnt else {}))},
         )  # fmt: skip
 
-    # batches of 17 queries a device there, of a quarter of a warm-up's here; the learning rate is a twenty-seventh of that before
+    # Batches of 17 queries a device there, of a quarter of a warm-up's here. The learning rate is a quarter of that
+    # before, and in distillation a tenth; there it is a twenty-seventh and a fortieth, of many more steps.
     hard = partial(make, share=1 / 4, rate=1e-4, part=0.25, num_negatives=5, **{**LEARNT, **INHERITED})
     found = {"depth": 100, "window": None, "sample": 5, "pool": "global"}
     filtered = {"mine": {**found, "max_score": arguments.max_score}, "hard_negatives": hard()}
@@ -203,8 +211,14 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
         "finetune": hard(),
     }
     best = {**progressive, **judged}
-    yield Row(table="T7", id="t7-plain", name="in-batch, fixed temperature", values=plain)
-    yield Row(table="T7", id="t7-learnt", name="+ learnable temperature", values={"warmup": make(**LEARNT)})
+    plainly = {**plain, "model": {"visual_token_compression": 1}}
+    yield Row(table="T7", id="t7-s1", name="in-batch, fixed temperature, no compression", values=plainly)
+    yield Row(table="T7", id="t7-plain", name="+ compression", values=plain, same="t3-one")
+    yield Row(
+        table="T7", id="t7-learnt", name="+ learnable temperature", values={"warmup": make(**LEARNT)},
+        same="t4-3840-learnable-0.0004",
+    )  # fmt: skip
+    yield Row(table="T7", id="t7-progressive", name="+ progressive transition", values=progressive, same="t5-none")
     yield Row(table="T7", id="t7-judged", name="+ judged negatives", values=best, base="t5-none", last="finetune")
     yield Row(
         table="T7", id="t7-best", name="+ distillation", last="distill", base="t7-judged",
@@ -212,8 +226,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     )  # fmt: skip
 
 
-LEARNT = {"learn_temperature": True, "temperature_learning_rate": 0.02}
-"""U-MARVEL moves the temperature itself by 4e-4 a step, at 0.05 a step of 0.008 of its logarithm; times RATE."""
+LEARNT = {"learn_temperature": True}
 
 INHERITED = {"inherit_temperature": True}
 
@@ -238,6 +251,9 @@ CLAIMS = [
 ]
 """What the paper's tables say: the first row is better than the second, in the local pool."""
 
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
+"""Seeds -> how many standard errors a mean difference is away from none, to be so by chance in a case of twenty."""
+
 Scores = dict[str, float]
 
 
@@ -258,6 +274,7 @@ def main() -> None:
     parser.add_argument("--max-score", type=float, default=0.7, help="of the filter of Table 5; default: 0.7")
     parser.add_argument("--only", nargs="*", default=[], help="tables (T1) or rows (t1-cl); those they need run too")
     arguments = parser.parse_args()
+    claim(arguments)
     data = {name: prepared(arguments, name) for name in REWRITES}
     prepared(arguments, "truth")
     arguments.start = started(arguments)
@@ -273,10 +290,27 @@ def main() -> None:
             write(arguments, table, scores)
 
 
+def claim(arguments: argparse.Namespace) -> None:
+    """Refuses a folder that was begun with other data or another model, which are prepared in it once."""
+    made = {
+        "data": str(arguments.data.resolve()),
+        "queries": arguments.queries,
+        "start": Embedder(arguments.start).model_hash,
+    }
+    file = arguments.out / "options.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(made, indent=1))
+    elif (before := json.loads(file.read_text())) != made:
+        raise SystemExit(f"{arguments.out} was begun with {before}, not {made}: choose another --out.")
+
+
 def measured(
     arguments: argparse.Namespace, row: Row, seed: int, by_id: Mapping[str, Row], data: Mapping[str, Path]
 ) -> dict[str, Any]:
     """The scores of a row, run and measured if that has not been done."""
+    if row.same is not None:
+        return measured(arguments, by_id[row.same], seed, by_id, data)
     folder = arguments.out / "u_marvel" / f"{row.id}-seed{seed}"
     file = folder / "scores.json"
     recipe = recipe_of(arguments, row, seed)
@@ -307,7 +341,8 @@ def measured(
 def started(arguments: argparse.Namespace) -> str:
     """The model that all rows begin with, whose tokenizer has the answers of a reranker as tokens.
 
-    One that lacks them gets them, with rows of their own for the language model to learn: else it can be no teacher.
+    One that lacks them gets them, or it could be no teacher.  Their rows are drawn at random and stay so: it is the
+    adapters of the language model that learn to answer along them.
     """
     folder = arguments.out / "start"
     if not folder.exists():
@@ -485,9 +520,11 @@ def verdict(better: Sequence[dict[str, Any]], worse: Sequence[dict[str, Any]]) -
     """Whether nano agrees with the paper, by the differences of the seeds."""
     apart = [one["local"]["mean"] - other["local"]["mean"] for one, other in zip(better, worse, strict=False)]
     mean = statistics.mean(apart)
-    error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("inf")
+    error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
     word = "agrees" if mean > 0 else "disagrees"
-    sure = "" if abs(mean) > 2 * error else ", within the noise of the seeds"
+    if len(apart) == 1:
+        return f"{word} ({mean:+.3f}; a single seed, whose noise is not known)"
+    sure = "" if abs(mean) > STUDENT.get(len(apart), 2.0) * error else ", within the noise of the seeds"
     return f"{word} ({mean:+.3f}{sure})"
 
 

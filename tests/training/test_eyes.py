@@ -18,6 +18,7 @@ from quarterlight.models.checkpoint import load_backbone, load_settings
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.tokenizer import with_markers
 from quarterlight.training.collate import ContrastiveSteps, Pictures, PromptEncoder
 from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, PromptEmbedder, train_contrastive
 from quarterlight.training.eyes import FrozenEyes, VisualTokens
@@ -48,6 +49,8 @@ def model_of(
     seen: list[int] = []
     backbone.vision_tower.register_forward_hook(lambda *_: seen.append(1))
     settings = replace(load_settings(checkpoint), pooling=pooling, attention=attention)
+    if settings.marked:
+        with_markers(backbone, processor.tokenizer, seed=0)
     known = None if eyes is None else eyes.known
     model = PromptEmbedder(backbone, pooling=pooling, attention=attention, eyes=eyes)
     return model, PromptEncoder(InputFormatter(processor, settings), pictures, known=known), seen
