@@ -52,7 +52,7 @@ rows have the visual tokens that it prints (99.6 of 64 and 320, 398.4 of 256 and
 
 
 MAX_TILES = 4
-"""Of any picture, as for a page (section 5.2).  A natural picture is smaller than two of InternVL's tiles, and so one."""
+"""Of any picture, as for a page (section 5.2); a natural picture of 448 pixels becomes one all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,8 @@ class Cell(NamedTuple):
 
 def bench_cost(
     sizes: Annotated[
-        list[str] | None, typer.Option("--shape", help="2B or 8B (rows of that size); may be repeated.", show_default="all")
+        list[str] | None,
+        typer.Option("--shape", help="2B or 8B; may be repeated.", show_default="all"),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every system once. One more warms up.")] = 3,
     layers: Annotated[
