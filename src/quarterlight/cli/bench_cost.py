@@ -51,26 +51,30 @@ COLUMNS: Mapping[str, Mapping[str, float]] = {
 rows have the visual tokens that it prints (99.6 of 64 and 320, 398.4 of 256 and 1,280, 362.8 of 256 and 1,024)."""
 
 
+MAX_TILES = 4
+"""Of any picture, as for a page (section 5.2); a natural picture of 448 pixels becomes one all the same."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class System:
     """A row of the table.
 
-    build: the parts of a model of that shape and compression.
-    paper_tokens, paper_ms: by column, as printed, measured on an L20 GPU.
+    size: as rows are chosen by.  shape: of the model, as :mod:`quarterlight.models.shapes` calls it.
+    paper_tokens, paper_ms: by column, as printed, measured on an L20 GPU; ``None`` for what the paper does not have.
     """
 
     name: str
     backbone: str
-    build: Callable[[Build], Parts]
+    size: str
     shape: str
     compression: int
-    paper_tokens: tuple[float, ...]
-    paper_ms: tuple[float, ...]
+    paper_tokens: tuple[float, ...] | None = None
+    paper_ms: tuple[float, ...] | None = None
 
     @property
     def label(self) -> str:
         """Short name, with size and s."""
-        return f"{self.name} {self.shape}, s = {self.compression}"
+        return f"{self.name} {self.size}, s = {self.compression}"
 
 
 class Build(NamedTuple):
@@ -90,57 +94,55 @@ class Build(NamedTuple):
 class Parts:
     """A model whose two halves can be run apart.
 
-    visual_tokens: of a square picture of so many pixels a side.
-    vision: of such a picture, makes the function that runs tower and connector on it, with its operations.
+    config: of the whole model.
+    vision: of a square picture of so many pixels a side, makes the function that runs tower and connector on it, with
+    its operations.
     text: of an input, makes the function that runs the language model on it, with its operations.
     stacks: half -> (object, its attribute that is the list of layers, layers of the whole model).
     """
 
-    visual_tokens: Callable[[int], int]
+    config: Any
     vision: Callable[[int], tuple[Callable[[], Any], float]]
     text: Callable[[Input], tuple[Callable[[], Any], float]]
     stacks: Mapping[str, tuple[Any, str, int]]
 
 
-def _internvl(build: Build) -> Parts:
-    """InternVL3 with random weights, which all s of a shape share."""
+def _parts(build: Build) -> Parts:
+    """A model with random weights, which all s of a shape share."""
     import torch
 
     from quarterlight.models import flops
-    from quarterlight.models.shapes import internvl3_config
+    from quarterlight.models.backbones import backbone_of
+    from quarterlight.models.shapes import shape_config
+    from quarterlight.models.tiles import num_tiles
 
-    whole = internvl3_config(build.shape, visual_token_compression=build.compression)
+    whole = shape_config(build.shape, visual_token_compression=build.compression)
+    backbone = backbone_of(whole)
     model = copy.copy(_weights(build._replace(compression=1)))
     model.config = copy.deepcopy(model.config)
     model.config.visual_token_compression = build.compression
-    tile = whole.vision_config.image_size
-
-    def tiles(side: int) -> int:
-        """One, or four and a thumbnail (section 5.2)."""
-        across = side // tile[0]
-        return across**2 + (across > 1)
 
     def vision(side: int) -> tuple[Callable[[], Any], float]:
-        pixels = torch.randn(tiles(side), 3, *tile, device=build.device, dtype=build.dtype)
-        return functools.partial(model.get_image_features, pixels, return_dict=True), flops.vision_flop(
-            whole, tiles(side)
-        )
+        grids = [_grid(whole, side)]
+        pixels = torch.randn(backbone.pixels_shape(whole, grids), device=build.device, dtype=build.dtype)
+        return functools.partial(backbone.see, model, pixels, grids), flops.vision_flop(whole, num_tiles(grids[0]))
 
     def text(one: Input) -> tuple[Callable[[], Any], float]:
-        visual = tiles(one.side) * whole.image_seq_length
+        visual = _visual_tokens(whole, one.side)
         ids = torch.randint(150_000, (1, one.text_tokens + visual), device=build.device)
         seen = {}
         if visual:
             ids[:, 8 : 8 + visual] = whole.image_token_id
-            seen = {"mm_encoder_outputs": {"image": vision(one.side)[0]()}}
+            seen = {"mm_encoder_outputs": backbone.encoder_outputs(whole, vision(one.side)[0]())}
         return functools.partial(model, ids, use_cache=False, **seen), flops.text_flop(whole, ids.shape[1])
 
+    tower, _, layers = backbone.tower_layers.rpartition(".")
     return Parts(
-        visual_tokens=lambda side: tiles(side) * whole.image_seq_length,
+        config=whole,
         vision=vision,
         text=text,
         stacks={
-            "vision": (model.vision_tower.encoder, "layer", whole.vision_config.num_hidden_layers),
+            "vision": (model.get_submodule(tower), layers, backbone.tower(whole).num_layers),
             "text": (model.language_model, "layers", whole.text_config.num_hidden_layers),
         },
     )
@@ -153,45 +155,88 @@ def _weights(build: Build) -> Any:
     return build_random(build.shape, dtype=build.dtype, device=build.device, max_layers=build.max_layers)
 
 
+def _grid(config: Any, side: int) -> Any:
+    """How the family's image processor cuts a square picture of so many pixels a side."""
+    from quarterlight.models.backbones import backbone_of
+    from quarterlight.models.settings import MAX_PIXELS
+
+    return backbone_of(config).image_processor(config).grid_of(side, side, MAX_TILES, MAX_PIXELS)
+
+
+def _visual_tokens(config: Any, side: int) -> int:
+    """Of such a picture, 0 without one."""
+    from quarterlight.models.backbones import backbone_of
+
+    backbone = backbone_of(config)
+    return backbone.num_rows(config, _grid(config, side)) * backbone.tokens_per_row(config) if side else 0
+
+
+_QWEN_TOKENS = (362.8, 256.0, 0.0, 1024.0)
+_INTERNVL_TOKENS = (398.4, 256.0, 0.0, 1280.0)
+_VTC_TOKENS = (99.6, 64.0, 0.0, 320.0)
+
 SYSTEMS = (
     System(
         name="InternVL3",
         backbone="InternVL3",
-        build=_internvl,
+        size="2B",
         shape="2B",
         compression=1,
-        paper_tokens=(398.4, 256.0, 0.0, 1280.0),
+        paper_tokens=_INTERNVL_TOKENS,
         paper_ms=(37.1, 29.2, 19.8, 103.6),
     ),
     System(
         name="Magic-MM-Embedding",
         backbone="InternVL3-VTC",
-        build=_internvl,
+        size="2B",
         shape="2B",
         compression=2,
-        paper_tokens=(99.6, 64.0, 0.0, 320.0),
+        paper_tokens=_VTC_TOKENS,
         paper_ms=(29.9, 26.1, 19.7, 57.3),
     ),
     System(
+        name="GME",
+        backbone="Qwen2-VL",
+        size="2B",
+        shape="Qwen2-VL-2B",
+        compression=1,
+        paper_tokens=_QWEN_TOKENS,
+        paper_ms=(46.8, 34.5, 19.3, 153.8),
+    ),
+    System(name="Qwen2-VL-VTC", backbone="Qwen2-VL-VTC", size="2B", shape="Qwen2-VL-2B", compression=2),
+    System(
         name="InternVL3",
         backbone="InternVL3",
-        build=_internvl,
+        size="8B",
         shape="8B",
         compression=1,
-        paper_tokens=(398.4, 256.0, 0.0, 1280.0),
+        paper_tokens=_INTERNVL_TOKENS,
         paper_ms=(76.7, 55.9, 33.8, 260.4),
     ),
     System(
         name="Magic-MM-Embedding",
         backbone="InternVL3-VTC",
-        build=_internvl,
+        size="8B",
         shape="8B",
         compression=2,
-        paper_tokens=(99.6, 64.0, 0.0, 320.0),
+        paper_tokens=_VTC_TOKENS,
         paper_ms=(50.9, 40.6, 33.8, 94.8),
     ),
+    System(
+        name="GME",
+        backbone="Qwen2-VL",
+        size="8B",
+        shape="Qwen2-VL-7B",
+        compression=1,
+        paper_tokens=_QWEN_TOKENS,
+        paper_ms=(82.2, 56.7, 26.6, 268.2),
+    ),
+    System(name="Qwen2-VL-VTC", backbone="Qwen2-VL-VTC", size="8B", shape="Qwen2-VL-7B", compression=2),
 )
-"""Rows of Table 6 that can be built here."""
+"""Rows of Table 6 that can be built here, and Qwen2-VL with s = 2, which the paper does not have.
+
+LamRA is left out: most layers of Qwen2.5-VL's tower see a window and some the whole picture, so that a few of them do
+not stand for all.  The others (Phi3.5-V, LLaVA, Aquila-VL) are no backbones of ours."""
 
 
 class Cell(NamedTuple):
@@ -203,7 +248,8 @@ class Cell(NamedTuple):
 
 def bench_cost(
     sizes: Annotated[
-        list[str] | None, typer.Option("--shape", help="2B or 8B; may be repeated.", show_default="all")
+        list[str] | None,
+        typer.Option("--shape", help="2B or 8B; may be repeated.", show_default="all"),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every system once. One more warms up.")] = 3,
     layers: Annotated[
@@ -216,9 +262,10 @@ def bench_cost(
 ) -> None:
     """Count visual tokens and time queries and candidates, one at a time, next to Table 6 of the paper.
 
-    The models have the real shapes and random weights; those of one size share them and all take turns.  Latency is
-    that of vision tower, connector and language model, without reading of files.  Layers are alike, so some of them are
-    enough: with --layers, a half is run with so many and with none, and the difference is scaled to all.
+    InternVL3 and Qwen2-VL (GME), each with s = 1 and s = 2, have the real shapes and random weights; both s of a model
+    share them, and all take turns.  Latency is that of vision tower, connector and language model, without reading of
+    files.  Layers are alike, so some of them are enough: with --layers, a half is run with so many and with none, and
+    the difference is scaled to all.  A dash stands for what the paper does not have.
 
     \b
     quarterlight bench cost --shape 2B --repeats 2 --out benchmarks/results/cost-2b.json
@@ -228,22 +275,23 @@ def bench_cost(
 
     from quarterlight.models.embedder import best_dtype
 
-    shapes = {system.shape for system in SYSTEMS}
+    known = {system.size for system in SYSTEMS}
     for name in sizes or ():
-        if name not in shapes:
-            raise InputError(f"There is no size {name!r} in the table. {did_you_mean(name, shapes)}")
+        if name not in known:
+            raise InputError(f"There is no size {name!r} in the table. {did_you_mean(name, known)}")
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"--dtype is float32 or bfloat16, got {dtype!r}.")
     chosen = getattr(torch, dtype) if dtype else best_dtype(torch.device(device))
     max_layers = (2 if torch.device(device).type == "cpu" else None) if layers is None else (layers or None)
-    systems = [system for system in SYSTEMS if not sizes or system.shape in sizes]
+    systems = [system for system in SYSTEMS if not sizes or system.size in sizes]
     with torch.inference_mode(), console.progress("runs") as bar:
         waiting = bar.add_task("Building", total=None)
         ceiling = ceiling_of(device, chosen)
-        parts = {one.label: one.build(Build(one.shape, one.compression, max_layers, device, chosen)) for one in systems}
+        parts = {one.label: _parts(Build(one.shape, one.compression, max_layers, device, chosen)) for one in systems}
         halves = {name: _Halves(one) for name, one in parts.items()}
         # what is compared stands side by side: a round over everything may take minutes
-        runs = {(name, *run): one.runs[run] for run in next(iter(halves.values())).runs for name, one in halves.items()}
+        every = dict.fromkeys(run for one in halves.values() for run in one.runs)  # not all have as many layers
+        runs = {(name, *run): one.runs[run] for run in every for name, one in halves.items() if run in one.runs}
         bar.remove_task(waiting)
         line = bar.add_task("Timing", total=(1 + repeats) * len(runs))
         times = rounds(runs, repeats, device, lambda: bar.advance(line))
@@ -270,7 +318,7 @@ def bench_cost(
     }
     console.out.print(
         f"Ceiling: {ceiling['matmul_tflops']:.2f} TFLOP/s ({name_of_dtype}, 4096^3). "
-        "Times are without reading files and making tiles; faster is against the first of the same size.\n",
+        "Times are without reading files and making tiles; faster is against the same model with s = 1.\n",
         soft_wrap=True,
     )
     console.print_record(record, out)
@@ -334,12 +382,9 @@ def _without_layers(owner: Any, name: str) -> Iterator[None]:
         setattr(owner, name, layers)
 
 
-def _tokens(parts: Parts, column: str) -> float:
+def _tokens(config: Any, column: str) -> float:
     """Visual tokens, on average."""
-    return sum(
-        share * (parts.visual_tokens(INPUTS[name].side) if INPUTS[name].side else 0)
-        for name, share in COLUMNS[column].items()
-    )
+    return sum(share * _visual_tokens(config, INPUTS[name].side) for name, share in COLUMNS[column].items())
 
 
 def _recorded(
@@ -349,27 +394,30 @@ def _recorded(
     cells: Mapping[tuple[str, str], Cell],
     ceiling: Mapping[str, float],
 ) -> dict[str, Any]:
-    """A system as the JSON has it, compared with the first of the same size."""
+    """A system as the JSON has it, compared with the first of the same shape."""
     columns: dict[str, dict[str, Any]] = {}
     for place, column in enumerate(COLUMNS):
         cell = cells[system.label, column]
         ms = spread([1e3 * one for one in cell.seconds], 2)
         columns[column] = {
-            "visual_tokens": round(_tokens(parts, column), 1),
-            "paper_visual_tokens": system.paper_tokens[place],
+            "visual_tokens": round(_tokens(parts.config, column), 1),
+            "paper_visual_tokens": system.paper_tokens[place] if system.paper_tokens else None,
             "ms": ms,
-            "paper_ms": system.paper_ms[place],
+            "paper_ms": system.paper_ms[place] if system.paper_ms else None,
             "tflop": round(cell.flop / 1e12, 4),
             "of_ceiling": round(cell.flop / 1e9 / ms["median"] / ceiling["matmul_tflops"], 3),
         }
         if base is not system:
             columns[column] |= {
                 "times_faster": times_faster(cells[base.label, column].seconds, cell.seconds),
-                "paper_times_faster": round(base.paper_ms[place] / system.paper_ms[place], 3),
+                "paper_times_faster": round(base.paper_ms[place] / system.paper_ms[place], 3)
+                if base.paper_ms and system.paper_ms
+                else None,
             }
     return {
         "name": system.name,
         "backbone": system.backbone,
+        "size": system.size,
         "shape": system.shape,
         "visual_token_compression": system.compression,
         "columns": columns,
@@ -387,9 +435,14 @@ def _print(systems: Sequence[System], recorded: Sequence[Mapping[str, Any]], tit
                 column,
                 f"{cell['visual_tokens']:,.1f}",
                 f"{cell['ms']['median']:,.1f}",
-                f"{cell['paper_ms']:,.1f}",
+                _printed(cell["paper_ms"], 1),
                 f"{cell['of_ceiling']:.2f}",
                 f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})" if faster else "",
-                f"{cell['paper_times_faster']:.2f}" if faster else "",
+                _printed(cell["paper_times_faster"], 2) if faster else "",
             )
     console.out.print(table)
+
+
+def _printed(value: float | None, digits: int) -> str:
+    """What the paper has, a dash for what it does not."""
+    return "-" if value is None else f"{value:,.{digits}f}"

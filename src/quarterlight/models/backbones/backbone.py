@@ -56,6 +56,9 @@ class Backbone(ABC):
     eyes: tuple[str, ...]
     """submodules of the model that make visual tokens: vision tower and connector"""
 
+    tower_layers: str
+    """the list of the vision tower's layers"""
+
     tower_settings: tuple[str, ...]
     """settings of the vision tower that change visual tokens and are not seen in the shapes of weights"""
 
@@ -99,6 +102,11 @@ class Backbone(ABC):
     @abstractmethod
     def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:
         """Tiles of a picture, at most, as its image processor would say."""
+
+    @abstractmethod
+    def image_processor(self, config: Any) -> Any:
+        """An image processor that cuts pictures as the vision tower reads them; what the configuration does not say is
+        as the family has it when nobody says."""
 
     @abstractmethod
     def patches(self, config: Any) -> int:

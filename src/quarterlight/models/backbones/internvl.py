@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from quarterlight.models.backbones.backbone import Backbone, Tower
+from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor
 from quarterlight.models.tiles import Grid, num_tiles
 
 
@@ -15,6 +16,7 @@ class InternVL(Backbone):
     """The adapter of ``internvl_vtc``: n are the tiles of a picture, k the tokens of a tile."""
 
     eyes = ("vision_tower", "multi_modal_projector")
+    tower_layers = "vision_tower.encoder.layer"
     tower_settings = (
         "num_attention_heads",
         "hidden_act",
@@ -65,6 +67,10 @@ class InternVL(Backbone):
 
     def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:
         return max_tiles + (max_tiles > 1)  # and the thumbnail
+
+    def image_processor(self, config: Any) -> InternVLVTCImageProcessor:
+        height, width = config.vision_config.image_size
+        return InternVLVTCImageProcessor(size={"height": height, "width": width})
 
     def patches(self, config: Any) -> int:
         vision = config.vision_config

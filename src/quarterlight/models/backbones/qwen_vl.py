@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from quarterlight.models.backbones.backbone import Backbone, Tower
 from quarterlight.models.compression import compressed_grid
+from quarterlight.models.qwen_vtc.processing import QwenVTCImageProcessor
 from quarterlight.models.tiles import Grid, num_tiles
 
 
@@ -19,6 +20,7 @@ class QwenVL(Backbone):
     """The adapter of ``qwen2_vl_vtc`` and ``qwen2_5_vl_vtc``: n are the visual tokens of a picture, k is 1."""
 
     eyes = ("visual",)
+    tower_layers = "visual.blocks"
     tower_settings = (
         "num_heads",
         "hidden_act",
@@ -76,6 +78,14 @@ class QwenVL(Backbone):
     def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:
         vision = config.vision_config
         return max(1, max_tiles * max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
+
+    def image_processor(self, config: Any) -> QwenVTCImageProcessor:
+        vision = config.vision_config
+        return QwenVTCImageProcessor(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )
 
     def patches(self, config: Any) -> int:
         return int(config.vision_config.spatial_merge_size**2)
