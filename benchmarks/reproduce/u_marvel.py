@@ -287,7 +287,7 @@ def main() -> None:
             one = measured(arguments, row, seed, by_id, data)
             scores.setdefault(row.id, []).append(one)
             print(f"{row.id}, seed {seed}: local {one['local']['mean']:.3f}, global {one['global']['mean']:.3f}")
-            write(arguments, table, scores)
+            write(arguments, table, scores, untrained(arguments, data["plain"]))
 
 
 def claim(arguments: argparse.Namespace) -> None:
@@ -371,13 +371,27 @@ def recipe_of(arguments: argparse.Namespace, row: Row, seed: int) -> Recipe:
 
 
 def score(folder: Path, recipe: Recipe, row: Row, data: Path) -> dict[str, Scores]:
-    """P@1 of each test task, and their mean, in the pool of the task and in that of all tasks."""
+    """The scores of the model that a row has trained."""
     last = [one for one in recipe.embedders if recipe.stages.index(one) <= recipe.stages.index(row.last)][-1]
     prepare = with_instructions if row.instruction else partial(with_instructions, query="")
     more: dict[str, Any] = {}
     if row.reranked:
         more = {"reranker": Reranker(folder / "rerank"), "rerank": 10}
-    evaluator = RetrievalEvaluator(Embedder(folder / last), prepare=prepare, group_by=(), **more)
+    return precision(RetrievalEvaluator(Embedder(folder / last), prepare=prepare, group_by=(), **more), data)
+
+
+def untrained(arguments: argparse.Namespace, data: Path) -> dict[str, Scores]:
+    """The scores of the model that all rows begin with; kept beside it."""
+    file = arguments.out / "start.json"
+    if not file.is_file():
+        found = precision(RetrievalEvaluator(Embedder(arguments.start), group_by=()), data)
+        file.write_text(json.dumps(found, indent=1))
+    kept: dict[str, Scores] = json.loads(file.read_text())
+    return kept
+
+
+def precision(evaluator: RetrievalEvaluator, data: Path) -> dict[str, Scores]:
+    """P@1 of each test task, and their mean, in the pool of the task and in that of all tasks."""
     tasks = [RetrievalDataset(data / one["dataset"]).load(one["task"], "test") for one in MIXTURE]
     found: dict[str, Scores] = {}
     for kind, some in {"local": tasks, "global": [global_task(one, tasks) for one in tasks]}.items():
@@ -473,11 +487,17 @@ TITLES = {
 }
 
 
-def write(arguments: argparse.Namespace, table: Sequence[Row], scores: Mapping[str, list[dict[str, Any]]]) -> None:
+def write(
+    arguments: argparse.Namespace,
+    table: Sequence[Row],
+    scores: Mapping[str, list[dict[str, Any]]],
+    start: Mapping[str, Scores],
+) -> None:
     """The tables so far."""
     lines = [
         f"Mean P@1 of {len(MIXTURE)} test tasks, mean and standard deviation over seeds; of the paper, the average of "
-        "M-BEIR. Every row starts from nano, which is a causal embedder by the last token already.",
+        "M-BEIR. Every row starts from nano, which is a causal embedder by the last token already: "
+        f"{start['local']['mean']:.3f} local, {start['global']['mean']:.3f} global.",
         "",
     ]
     for number, title in TITLES.items():
@@ -503,6 +523,7 @@ def write(arguments: argparse.Namespace, table: Sequence[Row], scores: Mapping[s
         "steps": arguments.steps,
         "queries": arguments.queries,
         "max_score": arguments.max_score,
+        "start": start,
         "rows": {row.id: {"name": row.name, "paper": row.paper, "seeds": scores.get(row.id, [])} for row in table},
     }
     (arguments.out / "u_marvel.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
