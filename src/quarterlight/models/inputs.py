@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,12 @@ class TokenizedPrompt:
     def num_tokens(self) -> int:
         """Tokens besides those of pictures."""
         return sum(len(ids) for _, ids in self.runs)
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Tokens before the first text or picture: what prompts of one task have in common."""
+        ours = takewhile(lambda run: run[0] not in ("text", "image"), self.runs)
+        return tuple(chain.from_iterable(ids for _, ids in ours))
 
 
 class PlainText:
