@@ -18,7 +18,7 @@ from quarterlight import Embedder as PublicEmbedder
 from quarterlight import Item
 from quarterlight.errors import CheckpointError, ImageError, InputError
 from quarterlight.models.embedder import Embedder, Work, best_dtype
-from quarterlight.models.pooling import Attention, PoolingMode
+from quarterlight.models.pooling import Attention
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.prompts import query_instruction
 from quarterlight.records import ArchiveMember
@@ -288,7 +288,6 @@ def test_where_beginnings_are_not_shared(tiny_embedder: Embedder, monkeypatch: p
     assert not shares({}, shared_prefix=False)
     assert not shares({}, packed=True)
     assert not shares({"attention": Attention.BIDIRECTIONAL})
-    assert not shares({"pooling": PoolingMode.LAST_TOKEN, "attention": Attention.BIDIRECTIONAL})
     windows = ["full_attention", "sliding_attention"]
     monkeypatch.setattr(tiny_embedder.model.config.text_config, "layer_types", windows)
     assert not shares({})
