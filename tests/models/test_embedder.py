@@ -291,3 +291,26 @@ def test_where_beginnings_are_not_shared(tiny_embedder: Embedder, monkeypatch: p
     windows = ["full_attention", "sliding_attention"]
     monkeypatch.setattr(tiny_embedder.model.config.text_config, "layer_types", windows)
     assert not shares({})
+
+
+def test_pictures_decoded_to_a_part_of_their_size(
+    tiny_checkpoint: Path, tiny_embedder: Embedder, tmp_path: Path
+) -> None:
+    smooth = np.linspace(0, 255, 700)[None, :, None] * np.linspace(1, 0.2, 600)[:, None, None] * np.ones(3)
+    for ending in ("jpg", "png"):
+        Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / f"large.{ending}")
+    files = [Item(image=tmp_path / "large.jpg"), Item(image=tmp_path / "large.png")]
+    pages = [Item(image=tmp_path / "large.jpg", max_tiles=4)]
+    reduced = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", num_workers=0, decode_margin=4)
+    whole = tiny_embedder._formatter.cut(files[0].image, 1).pixels
+    part = reduced._formatter.cut(files[0].image, 1).pixels
+    assert not np.array_equal(whole, part)  # so it was decoded otherwise
+    assert np.abs(whole.astype(int) - part).mean() < 1
+    cosines = (reduced.encode_document(files) * tiny_embedder.encode_document(files)).sum(axis=1)
+    assert (cosines > 0.999).all()
+    np.testing.assert_array_equal(  # more tiles than one: every pixel counts
+        reduced._formatter.cut(pages[0].image, 4).pixels, tiny_embedder._formatter.cut(pages[0].image, 4).pixels
+    )
+    assert reduced.model_hash != tiny_embedder.model_hash
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        Embedder(tiny_checkpoint, device="cpu", decode_margin=0)
