@@ -67,10 +67,11 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 class System(NamedTuple):
-    """What embeds. encode: groups of items -> embeddings in that order.  compression: its s."""
+    """What embeds. encode: groups of items -> embeddings in that order.  compression: its s.  ours: of our systems."""
 
     encode: Callable[[Sequence[Group]], npt.NDArray[np.float32]]
     compression: int
+    ours: Embedder | None = None
 
 
 def bench_throughput(
@@ -213,18 +214,27 @@ class _Run:
         dtype: str,
         on_run: Callable[[], None],
     ) -> dict[str, Any]:
+        from quarterlight.models.flops import text_flop
+
         number = sum(len(items) for _, items in groups)
         found: dict[str, npt.NDArray[np.float32]] = {}
         peaks: dict[str, float | None] = {}
         runs = {
             one: functools.partial(self._encode, one, system, groups, found, peaks) for one, system in systems.items()
         }
-        ours = embedders[systems[OURS].compression]
-        ours.work = type(ours.work)()
+        counted = {one: system.ours for one, system in systems.items() if system.ours is not None}
+        for embedder in counted.values():
+            embedder.work = type(embedder.work)()
         times = rounds(runs, self.repeats, self.device, on_run)
+        work = {
+            one: {key: value // (1 + self.repeats) for key, value in asdict(embedder.work).items()}
+            for one, embedder in counted.items()
+        }
         cells = {}
         for one, system in systems.items():
             tokens, flop = _work(embedders[system.compression], groups)
+            if one in work:
+                flop -= work[one]["tokens_spared"] * text_flop(embedders[system.compression].model.config, 1)
             ms = spread([1e3 * taken / number for taken in times[one]])
             tflops = flop / number / ms["median"] / 1e9
             cells[one] = {
@@ -240,7 +250,7 @@ class _Run:
             "workload": name,
             "items": {kind: len(items) for kind, items in groups},
             "systems": cells,
-            "work": {key: value // (1 + self.repeats) for key, value in asdict(ours.work).items()},
+            "work": work[OURS],
             "largest_difference": _differences(found, systems, dtype),
         }
 
@@ -358,16 +368,15 @@ def _systems(
     plain = Embedder(folder, dtype=dtype, device=device, visual_token_compression=1)
     plain.model.load_state_dict(ours.model.state_dict(), assign=True)  # one set of weights in memory
     unshared = Embedder.from_model(ours.model, ours.processor, ours.settings, shared_prefix=False)
+    compression = ours.model.config.visual_token_compression
     build: dict[str, Callable[[], System]] = {
-        OURS: lambda: System(functools.partial(_encode_ours, ours), ours.model.config.visual_token_compression),
-        UNSHARED: lambda: System(functools.partial(_encode_ours, unshared), ours.model.config.visual_token_compression),
-        OURS_1: lambda: System(functools.partial(_encode_ours, plain), 1),
+        OURS: lambda: System(functools.partial(_encode_ours, ours), compression, ours),
+        UNSHARED: lambda: System(functools.partial(_encode_ours, unshared), compression, unshared),
+        OURS_1: lambda: System(functools.partial(_encode_ours, plain), 1, plain),
         TRANSFORMERS: lambda: System(_plain_transformers(plain), 1),
-        SENTENCE_TRANSFORMERS: lambda: System(
-            _sentence_transformers(ours, dtype, device), ours.model.config.visual_token_compression
-        ),
+        SENTENCE_TRANSFORMERS: lambda: System(_sentence_transformers(ours, dtype, device), compression),
     }
-    return {name: build[name]() for name in wanted}, {1: plain, ours.model.config.visual_token_compression: ours}
+    return {name: build[name]() for name in wanted}, {1: plain, compression: ours}
 
 
 def _encode_ours(embedder: Embedder, groups: Sequence[Group]) -> npt.NDArray[np.float32]:
