@@ -46,6 +46,19 @@ def test_throughput(tiny_checkpoint: Path) -> None:
     assert set(record["fast_paths"]) >= {"batches by tokens", "pictures decoded meanwhile"}
 
 
+def test_queries_with_one_instruction(tiny_checkpoint: Path) -> None:
+    arguments = ("--model", str(tiny_checkpoint), "--repeats", "1", "--dtype", "float32", "--workload", "queries")
+    record = run("throughput", *arguments)
+    (queries,) = record["workloads"]
+    assert queries["items"] == {"text": 16}
+    assert [*queries["systems"]] == [bench_infer.OURS, bench_infer.UNSHARED]
+    assert queries["work"]["rows_sharing"] == queries["work"]["rows"] == 16
+    assert queries["work"]["tokens"] == queries["systems"][bench_infer.OURS]["tokens"]
+    assert queries["work"]["tokens_spared"] == 15 * 60
+    assert 15 * 60 + 16 * 18 < queries["work"]["tokens"] < 16 * (60 + 20 + 10)
+    assert "16 of 16 rows" in record["fast_paths"]["beginnings read once"]
+
+
 def test_latency(tiny_checkpoint: Path) -> None:
     arguments = ("--model", str(tiny_checkpoint), "--items", "2", "--repeats", "1", "--dtype", "float32")
     record = run("latency", *arguments, "--system", "sentence-transformers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from PIL import Image
 from quarterlight import Embedder as PublicEmbedder
 from quarterlight import Item
 from quarterlight.errors import CheckpointError, ImageError, InputError
-from quarterlight.models.embedder import Embedder, best_dtype
+from quarterlight.models.embedder import Embedder, Work, best_dtype
+from quarterlight.models.pooling import Attention
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.prompts import query_instruction
 from quarterlight.records import ArchiveMember
@@ -248,3 +250,67 @@ def test_compression_can_be_overridden(tiny_checkpoint: Path, picture: Pictures)
 
 def test_public_name() -> None:
     assert PublicEmbedder is Embedder
+
+
+def test_a_common_beginning_is_read_once(tiny_checkpoint: Path) -> None:
+    """Counted at the language model itself, so that the fast path cannot be off without anybody noticing."""
+    embedder = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", num_workers=0, tokens_per_batch=400)
+    lengths: list[tuple[int, int]] = []
+    embedder.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, given: lengths.append(given[0].shape[:2])
+    )
+    instruction = "Find what is described in as many words as this."
+    texts = [f"an apple, {number}" for number in range(40)]
+    jobs = embedder._plan(texts, "query", instruction)
+    opening, total = len(jobs[0].prompt.opening), sum(job.prompt.num_tokens for job in jobs)
+    assert opening > 10
+
+    embedder.encode_query(texts, instruction=instruction)
+    assert lengths[0] == (1, opening)
+    assert len(lengths) > 2  # and no other batch, nor window, reads it again
+    rest = sum(rows * columns for rows, columns in lengths[1:])
+    assert total - 40 * opening <= rest <= 1.2 * (total - 40 * opening)
+    assert embedder.work == Work(rows=40, tokens=total, rows_sharing=40, tokens_spared=39 * opening)
+
+    lengths.clear()
+    embedder.encode_query(texts[:2], instruction="")  # two rows, for which it does not pay
+    assert len(lengths) == 1
+    assert embedder.work.rows_sharing == 40
+
+
+def test_where_beginnings_are_not_shared(tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(changed: dict[str, Any], **options: Any) -> bool:
+        settings = dataclasses.replace(tiny_embedder.settings, **changed)
+        embedder = Embedder.from_model(tiny_embedder.model, tiny_embedder.processor, settings, **options)
+        return embedder.shares_prefixes
+
+    assert shares({})
+    assert not shares({}, shared_prefix=False)
+    assert not shares({}, packed=True)
+    assert not shares({"attention": Attention.BIDIRECTIONAL})
+    windows = ["full_attention", "sliding_attention"]
+    monkeypatch.setattr(tiny_embedder.model.config.text_config, "layer_types", windows)
+    assert not shares({})
+
+
+def test_pictures_decoded_to_a_part_of_their_size(
+    tiny_checkpoint: Path, tiny_embedder: Embedder, tmp_path: Path
+) -> None:
+    smooth = np.linspace(0, 255, 700)[None, :, None] * np.linspace(1, 0.2, 600)[:, None, None] * np.ones(3)
+    for ending in ("jpg", "png"):
+        Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / f"large.{ending}")
+    files = [Item(image=tmp_path / "large.jpg"), Item(image=tmp_path / "large.png")]
+    pages = [Item(image=tmp_path / "large.jpg", max_tiles=4)]
+    reduced = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", num_workers=0, decode_margin=4)
+    whole = tiny_embedder._formatter.cut(files[0].image, 1).pixels
+    part = reduced._formatter.cut(files[0].image, 1).pixels
+    assert not np.array_equal(whole, part)  # so it was decoded otherwise
+    assert np.abs(whole.astype(int) - part).mean() < 1
+    cosines = (reduced.encode_document(files) * tiny_embedder.encode_document(files)).sum(axis=1)
+    assert (cosines > 0.999).all()
+    np.testing.assert_array_equal(  # more tiles than one: every pixel counts
+        reduced._formatter.cut(pages[0].image, 4).pixels, tiny_embedder._formatter.cut(pages[0].image, 4).pixels
+    )
+    assert reduced.model_hash != tiny_embedder.model_hash
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        Embedder(tiny_checkpoint, device="cpu", decode_margin=0)

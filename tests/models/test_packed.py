@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,35 @@ def test_a_shared_prefix_changes_nothing(backbone: Any, items: list[Any]) -> Non
     assert common_prefix(inputs["input_ids"], inputs["attention_mask"], model.config.image_token_id) > 4
     plain = embed(model, inputs, pooling=PoolingMode.LAST_TOKEN, attention=Attention.CAUSAL)
     torch.testing.assert_close(embed_shared_prefix(model, inputs), plain, atol=1e-5, rtol=0)
+
+
+def test_an_embedder_shares_prefixes_and_changes_nothing(backbone: Any, picture: Pictures) -> None:
+    """Any mix of items and instructions, in batches of any size, of which some share and some do not."""
+    draw = random.Random(0)
+    words = ["a", "red", "apple", "and", "the", "same", "but", "blue"]
+
+    def item(place: int) -> Item:
+        text = " ".join(draw.choices(words, k=draw.randint(1, 12))) + f" {place}"
+        shown = picture(place, draw.randint(20, 70), draw.randint(20, 70)) if draw.random() < 0.4 else None
+        instruction = draw.choice([None, None, "Find what looks like it in every way.", ""])
+        return Item(
+            text=text if shown is None or draw.random() < 0.5 else None,
+            image=shown,
+            instruction=instruction if draw.random() < 0.95 else f"One of its own, {place}.",
+            max_tiles=draw.choice([None, 2]),
+        )
+
+    items = [item(place) for place in range(32)]
+    options: Any = {"attention": Attention.CAUSAL, "pooling": PoolingMode.LAST_TOKEN}
+    plain = make(backbone, **options, shared_prefix=False)
+    expected = plain.encode_query(items)
+    assert plain.work.rows_sharing == plain.work.tokens_spared == 0
+    for tokens_per_batch, least in ((2048, 13), (700, 4)):
+        sharing = make(backbone, **options, tokens_per_batch=tokens_per_batch)
+        np.testing.assert_allclose(sharing.encode_query(items), expected, atol=1e-5)
+        assert sharing.work.rows == plain.work.rows and sharing.work.tokens == plain.work.tokens
+        assert sharing.work.rows_sharing >= least
+        assert sharing.work.tokens_spared >= 5 * least
 
 
 def test_gradients_are_the_same_packed(backbone: Any, items: list[Any]) -> None:

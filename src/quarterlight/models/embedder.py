@@ -35,10 +35,11 @@ from quarterlight.models.checkpoint import (
 )
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.packed import embed_packed
-from quarterlight.models.pooling import embed
+from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.presets import preset_of
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings
+from quarterlight.models.shared_prefix import Prefix, can_share, embed_after, read_prefix
 from quarterlight.models.tiles import Grid, Tiles, num_tiles
 from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import Role, chat_template
@@ -49,6 +50,9 @@ WINDOW_BYTES = 64 * 2**20
 
 FEATURE_CACHE_BYTES = 64 * 2**20
 """Features of the pictures seen last in a call, kept for items that show the same picture with other words."""
+
+PREFIX_CACHE_BYTES = 64 * 2**20
+"""Keys and values of the beginnings that rows of a call have in common."""
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -65,6 +69,33 @@ def best_tokens_per_batch(device: torch.device) -> int:
     With nano on one core, a fourth less time per item than 8,192 (``benchmarks/LOG.md``).
     """
     return 2048 if device.type == "cpu" else 8192
+
+
+def least_spared(device: torch.device) -> int:
+    """Tokens that a common beginning must spare: reading it alone is one more pass through all layers.
+
+    On a CPU that pass takes as long as 30 tokens more in a batch of nano (``benchmarks/LOG.md``).  On a GPU, where a
+    pass of few tokens takes as long as one of many, the number is an estimate.
+    """
+    return 64 if device.type == "cpu" else 2048
+
+
+@dataclass
+class Work:
+    """What an embedder has done since it was made; items that a call has seen before are not counted again.
+
+    rows, tokens: items that went through the language model, and their tokens without padding.
+    rows_sharing, tokens_spared: those whose beginning was read for other rows too, and tokens not read for that reason.
+    pictures, pictures_spared: those of the rows, and those of them that did not go through the vision tower because the
+        call had seen the same a moment before.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    rows_sharing: int = 0
+    tokens_spared: int = 0
+    pictures: int = 0
+    pictures_spared: int = 0
 
 
 class Embedder:
@@ -90,6 +121,8 @@ class Embedder:
         tokens_per_batch: int | None = None,
         num_workers: int = 2,
         packed: bool = False,
+        shared_prefix: bool = True,
+        decode_margin: int | None = None,
         preset: str | None = None,
     ) -> None:
         """
@@ -102,6 +135,13 @@ class Embedder:
         num_workers: threads that decode and tile pictures while the model computes; 0 does so in between.
         packed: rows go through the language model one after the other in one sequence, without padding, rather than
             side by side; see :mod:`quarterlight.models.packed`.  Changes embeddings by rounding only.
+        shared_prefix: what many items of a call begin with, such as system prompt and instruction, goes through the
+            language model once; see :mod:`quarterlight.models.shared_prefix`.  Changes embeddings by rounding only.
+            Not possible, and not done, with bidirectional attention, mean pooling or ``packed``.
+        decode_margin: allows pictures that become one tile to be shrunk by a whole factor while they are decoded (JPEGs
+            faster) as long as their shortest side keeps at least so many times the tile's.  Changes embeddings: with 4,
+            those of nano by less than 1e-3 of cosine, with 2 by up to 4e-3 (``benchmarks/LOG.md``); so ``None``, which
+            keeps every pixel, is the default, and another value changes ``model_hash``.
         preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
             ``None`` finds it by the name of the model, where that has one.
         Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
@@ -122,7 +162,12 @@ class Embedder:
             self._released = {"marker_seed": released.marker_seed, "tower": dict(released.tower)}
         else:
             settings = load_settings(folder)
-        self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers, packed)
+        self._assemble(backbone, processor, settings, str(model), truncate_dim, tokens_per_batch, num_workers)
+        self.packed, self.shared_prefix = packed, shared_prefix
+        if decode_margin is not None:
+            if decode_margin < 1:
+                raise InputError(f"decode_margin must be at least 1, got {decode_margin}.")
+            self._formatter = InputFormatter(processor, settings, decode_margin=decode_margin)
         self._folder = folder
 
     @classmethod
@@ -138,15 +183,15 @@ class Embedder:
         tokens_per_batch: int | None = None,
         num_workers: int = 2,
         packed: bool = False,
+        shared_prefix: bool = True,
     ) -> Embedder:
         """An embedder around a model in memory, whose language head, if any, is not used. Put it in ``eval`` mode.
 
         folder: where it was loaded from, so that its hash is that of what was saved.
         """
         embedder = cls.__new__(cls)
-        embedder._assemble(
-            model.base_model, processor, settings, name, truncate_dim, tokens_per_batch, num_workers, packed
-        )
+        embedder._assemble(model.base_model, processor, settings, name, truncate_dim, tokens_per_batch, num_workers)
+        embedder.packed, embedder.shared_prefix = packed, shared_prefix
         embedder._folder = folder
         return embedder
 
@@ -159,7 +204,6 @@ class Embedder:
         truncate_dim: int | None,
         tokens_per_batch: int | None,
         num_workers: int,
-        packed: bool,
     ) -> None:
         if tokens_per_batch is None:
             tokens_per_batch = best_tokens_per_batch(model.device)
@@ -173,12 +217,19 @@ class Embedder:
         self.processor = processor
         self.settings = settings
         self.tokens_per_batch = tokens_per_batch
-        self.packed = packed
+        self.work = Work()
 
         self._backbone = backbone_of(model.config)
         self._formatter = InputFormatter(processor, settings)
         self._workers = ThreadPoolExecutor(num_workers, "quarterlight-decode") if num_workers else _InPlace()
         self._truncate_dim = self._checked_dim(truncate_dim)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether common beginnings are read once, where that spares enough."""
+        causal_last = (Attention.CAUSAL, PoolingMode.LAST_TOKEN)
+        possible = (self.settings.attention, self.settings.pooling) == causal_last and can_share(self.model)
+        return self.shared_prefix and possible and not self.packed
 
     @property
     def dimension(self) -> int:
@@ -214,6 +265,8 @@ class Embedder:
         }
         if self._folder and (adapter := saved_adapter(self._folder)):
             recipe["adapter"] = adapter
+        if self._formatter.decode_margin:
+            recipe["decode_margin"] = self._formatter.decode_margin
         if self._released:
             recipe["released"] = self._released
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
@@ -323,14 +376,15 @@ class Embedder:
         embeddings_ND = np.empty((len(jobs), columns), dtype=np.float32)
         done: dict[Any, np.ndarray] = {}  # what the model saw -> its embedding
         shown: dict[Any, np.ndarray] | None = None if tokens is None else {}  # and the visual tokens of its pictures
-        seen = LastUsed(FEATURE_CACHE_BYTES)
+        seen, prefixes = LastUsed(FEATURE_CACHE_BYTES), LastUsed(PREFIX_CACHE_BYTES)
         with tqdm(total=len(jobs), desc=f"embed {role}", unit="item", disable=not show_progress) as progress:
             for window in self._windows(jobs):
                 fresh = {job.key: job for job in window if job.key not in done}
-                for batch in self._batches(sorted(fresh.values(), key=self._num_tokens)):
-                    rows_BD = self._embed(batch, seen, shown)[:, :columns]
-                    rows_BD /= np.linalg.norm(rows_BD, axis=1, keepdims=True)
-                    done.update(zip((job.key for job in batch), rows_BD, strict=True))
+                for opening, alike in self._groups(list(fresh.values()), prefixes):
+                    for batch in self._batches(sorted(alike, key=self._num_tokens), len(opening)):
+                        rows_BD = self._embed(batch, opening, prefixes, seen, shown)[:, :columns]
+                        rows_BD /= np.linalg.norm(rows_BD, axis=1, keepdims=True)
+                        done.update(zip((job.key for job in batch), rows_BD, strict=True))
                 for job in window:
                     embeddings_ND[job.position] = done[job.key]
                     if tokens is not None and shown is not None and job.key in shown:
@@ -409,11 +463,38 @@ class Embedder:
             job.key = (job.prompt, *(picture.digest for picture in job.pictures))
         return window
 
-    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Runs of jobs, shortest first, that fill ``tokens_per_batch`` when padded to the longest of the run."""
+    def _groups(self, jobs: Sequence[_Job], prefixes: LastUsed) -> list[tuple[tuple[int, ...], list[_Job]]]:
+        """Jobs that are batched together, with the beginning that is read once for them, which may be empty.
+
+        Those with the same beginning are a group if that spares enough; all others are one, with what is left in
+        common.  prefixes: those that were read before, of which another use spares all of it.
+        """
+        if not self.shares_prefixes:
+            return [((), list(jobs))]
+        enough = least_spared(self.model.device)
+
+        def spares(opening: tuple[int, ...], rows: int) -> bool:
+            return bool(opening) and (opening in prefixes or (rows - 1) * len(opening) >= enough)
+
+        alike: dict[tuple[int, ...], list[_Job]] = {}
+        for job in jobs:
+            alike.setdefault(job.prompt.opening, []).append(job)
+        groups = [(opening, some) for opening, some in alike.items() if spares(opening, len(some))]
+        apart = [opening for opening, some in alike.items() if not spares(opening, len(some))]
+        if apart:
+            rest = [job for opening in apart for job in alike[opening]]
+            common = _common(apart)
+            groups.append((common if spares(common, len(rest)) else (), rest))
+        return groups
+
+    def _batches(self, jobs: Sequence[_Job], num_read: int = 0) -> Iterator[list[_Job]]:
+        """Runs of jobs, shortest first, that fill ``tokens_per_batch`` when padded to the longest of the run.
+
+        num_read: their first tokens, which do not count.
+        """
         batch: list[_Job] = []
         for job in jobs:
-            size = self._num_tokens(job)
+            size = self._num_tokens(job) - num_read
             if self.packed:
                 size += sum(map(self._num_tokens, batch))
             else:
@@ -426,9 +507,17 @@ class Embedder:
             yield batch
 
     @torch.inference_mode()
-    def _embed(self, batch: Sequence[_Job], seen: LastUsed, shown: dict[Any, np.ndarray] | None = None) -> np.ndarray:
+    def _embed(
+        self,
+        batch: Sequence[_Job],
+        opening: tuple[int, ...],
+        prefixes: LastUsed,
+        seen: LastUsed,
+        shown: dict[Any, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Embeddings of a batch, float32 ``[B, D]``, all columns.
 
+        opening: what all begin with and is read once; it is kept in ``prefixes``.
         shown: where the visual tokens of each job are put, by its key.
         """
         grids = [[picture.grid for picture in job.pictures] for job in batch]
@@ -446,6 +535,19 @@ class Embedder:
                         kept = [self._backbone.stored(config, next(rest), one.grid) for one in job.pictures]
                         tokens = torch.cat(kept)
                         shown[job.key] = tokens.to(torch.float16).cpu().numpy()
+        self.work.rows += len(batch)
+        self.work.tokens += sum(map(self._num_tokens, batch))
+        if opening:
+            prefix: Prefix
+            if opening in prefixes:
+                prefix = prefixes[opening]
+                self.work.tokens_spared += len(opening)
+            else:
+                prefix = read_prefix(self.model, inputs, len(opening))
+                prefixes.put(opening, prefix)
+            self.work.rows_sharing += len(batch)
+            self.work.tokens_spared += (len(batch) - 1) * len(opening)
+            return embed_after(self.model, inputs, prefix).cpu().numpy()
         settings = self.settings
         compute = embed_packed if self.packed else embed
         return compute(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
@@ -454,6 +556,8 @@ class Embedder:
         """The visual tokens of pictures, ``[n, k, W]`` each; the same picture goes through the tower once."""
         unseen = {one.digest: one for one in pictures if one.digest not in seen}
         features = {one.digest: seen[one.digest] for one in pictures if one.digest in seen}
+        self.work.pictures += len(pictures)
+        self.work.pictures_spared += len(pictures) - len(unseen)
         if unseen:
             tiles_THW3 = torch.from_numpy(np.concatenate([picture.tiles.pixels for picture in unseen.values()]))
             config, backbone = self.model.config, self._backbone
@@ -516,6 +620,13 @@ class _Job:
     futures: list[Future[_Picture]] = field(default_factory=list)
     pictures: list[_Picture] = field(default_factory=list)
     key: Any = None
+
+
+def _common(openings: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all begin with."""
+    first, last = min(openings), max(openings)  # in alphabetical order, all others begin with it too
+    alike = next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)
+    return first if alike is None else first[:alike]
 
 
 class _InPlace:

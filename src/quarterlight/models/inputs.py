@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,12 @@ class TokenizedPrompt:
     def num_tokens(self) -> int:
         """Tokens besides those of pictures."""
         return sum(len(ids) for _, ids in self.runs)
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Tokens before the first text or picture: what prompts of one task have in common."""
+        ours = takewhile(lambda run: run[0] not in ("text", "image"), self.runs)
+        return tuple(chain.from_iterable(ids for _, ids in ours))
 
 
 class PlainText:
@@ -158,9 +164,15 @@ class InputFormatter:
     is spelt out, never the token that ends a turn.
     """
 
-    def __init__(self, processor: VTCProcessor, settings: EmbedderSettings) -> None:
+    def __init__(
+        self, processor: VTCProcessor, settings: EmbedderSettings, *, decode_margin: int | None = None
+    ) -> None:
+        """
+        decode_margin: as of :class:`quarterlight.models.embedder.Embedder`.
+        """
         self.processor = processor
         self.settings = settings
+        self.decode_margin = decode_margin
         check_markers(processor.tokenizer, settings)
         self._tokenize = SegmentTokenizer(processor, settings.text_max_tokens, pool_frame=settings.pool_frame)
 
@@ -214,7 +226,11 @@ class InputFormatter:
 
     def cut(self, source: ImageSource, max_tiles: int) -> Tiles:
         """A picture in so many tiles at most, cut up. Raises ImageError."""
-        tiles: Tiles = self.processor.image_processor.cut(load_image(source), max_tiles, self.settings.max_pixels)
+        reduce_to = None
+        if self.decode_margin and (side := self.processor.image_processor.enough_pixels(max_tiles)):
+            reduce_to = self.decode_margin * side
+        image = load_image(source, reduce_to=reduce_to)
+        tiles: Tiles = self.processor.image_processor.cut(image, max_tiles, self.settings.max_pixels)
         return tiles
 
     def most_tiles(self, max_tiles: int) -> int:

@@ -34,6 +34,9 @@ class VTCImageProcessor(Protocol):
     def most_tiles(self, max_tiles: int, max_pixels: int) -> int:
         """Tiles of a picture, at most."""
 
+    def enough_pixels(self, max_tiles: int) -> int | None:
+        """The shortest side that :meth:`cut` makes use of; ``None`` where a picture's size decides how it is cut."""
+
     @property
     def tile_pixels(self) -> tuple[int, int]:
         """Height and width of a tile."""

@@ -75,6 +75,10 @@ class InternVLVTCImageProcessor(PictureReader, GotOcr2ImageProcessorPil):
         """Tiles of a picture, at most: a thumbnail is added to more than one."""
         return max_tiles + (max_tiles > 1)
 
+    def enough_pixels(self, max_tiles: int) -> int | None:
+        """A tile's, where all of a picture becomes one; which grid fits best also depends on the number of pixels."""
+        return max(self.tile_pixels) if max_tiles == 1 else None
+
     @property
     def tile_pixels(self) -> tuple[int, int]:
         """Height and width of a tile."""

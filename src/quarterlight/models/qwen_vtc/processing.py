@@ -80,6 +80,10 @@ class QwenVTCImageProcessor(PictureReader, Qwen2VLImageProcessorPil):
         """Tiles of a picture, at most."""
         return max(1, max_tiles * max_pixels // self.tile_pixels[0] ** 2)
 
+    def enough_pixels(self, max_tiles: int) -> int | None:
+        """Unknown: rows and columns are those of the picture, unless it is too large."""
+        return None
+
     @property
     def tile_pixels(self) -> tuple[int, int]:
         """Height and width of a tile, which are the same."""
