@@ -22,6 +22,7 @@ from quarterlight.evaluation.benchmark import (
     check,
     file_name,
     fingerprint,
+    num_asked,
     one_per_picture,
     read_record,
     run_suite,
@@ -184,7 +185,12 @@ def test_a_run_counts_what_it_scored(tmp_path: Path) -> None:
     suite = suite_of(declared("a/1 x"), declared("b"), declared("c"))
     tasks = {
         "a/1 x": task_of([query("north", "n2"), query("east", "east", excluded=("east",))], ["n2", "east"]),
-        "b": task_of([query("east", "east")], ["n2", "east"], problems=(Problem("row 7", "it has no positive"),)),
+        "b": task_of(
+            [query("east", "east")],
+            ["n2", "east"],
+            problems=(Problem("row 7", "it has no positive"),),
+            num_lost_queries=5,
+        ),
     }
     evaluator = bare(Table(VECTORS), depth=2)
     seen: list[str] = []
@@ -201,6 +207,7 @@ def test_a_run_counts_what_it_scored(tmp_path: Path) -> None:
     first, second = record.tasks
     assert (first["num_scored"], first["num_queries"], first["num_problems"]) == (1, 2, 1)
     assert (second["num_scored"], second["num_queries"], second["num_left_out"]) == (1, 1, 1)
+    assert (second["num_lost_queries"], num_asked(first), num_asked(second)) == (5, 2, 6)
     assert second["problems"] == [{"id": "row 7", "reason": "it has no positive"}]
     assert record.not_run == [{"name": "c", "reason": "it is not there"}]
     assert [(one["name"], one["score"], one["num_missing"]) for one in record.averages] == [

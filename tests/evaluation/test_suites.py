@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import csv
 import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -226,3 +228,13 @@ def test_the_archive_of_mmeb_v2_is_unpacked_once(suite_data: Opened, tmp_path: P
     archive.write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(DatasetError, match=r"mmeb_v1.tar.gz cannot be unpacked .*truncated"):
         open_task(task, tmp_path)
+
+
+def test_instructions_of_mbeir_have_one_source() -> None:
+    """The table of suites would be a second one; both suites ask with the first of the registry's."""
+    tasks = [*load_suite("mbeir-local").tasks, *load_suite("mbeir-global").tasks]
+    for task in tasks:
+        assert task.entry is not None and task.query_instruction == task.entry.query_instructions[0]
+    table = files("quarterlight.evaluation") / "resources" / "suites.csv"
+    rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    assert not [row["name"] for row in rows if row["suite"].startswith("mbeir") and row["query_instruction"]]

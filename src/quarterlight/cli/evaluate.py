@@ -293,6 +293,7 @@ def run_suite_command(
 
 def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
     """The tasks and our averages; what is published stands in the report."""
+    from quarterlight.evaluation.benchmark import num_asked
     from quarterlight.evaluation.report import percent
 
     after = ["reranked"] if record["reranker"] else []
@@ -300,7 +301,7 @@ def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
     table = console.table("task", "metric", *numbers, title=f"{suite.title}, percent", right=numbers)
     for one in record["tasks"]:
         scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
-        queries = _of(one["num_scored"], one["num_queries"])
+        queries = _of(one["num_scored"], num_asked(one))
         pool = _of(one["num_scored_candidates"], one["num_candidates"])
         chance = percent(one["chance"].get(one["metric"]))
         table.add_row(escape(one["name"]), one["metric"], queries, pool, *scores, chance)
@@ -364,7 +365,7 @@ def _print(dataset: RetrievalDataset, results: Sequence[TaskResult]) -> None:
     table = console.table("task", *numbers, title=title, right=numbers)
     for result in results:
         pool = _of(result.num_scored_candidates, result.num_candidates)
-        queries = _of(result.scores.num_queries, result.num_queries)
+        queries = _of(result.scores.num_queries, result.num_asked)
         table.add_row(result.task, queries, pool, *_cells(result.scores, result.reranked), style="bold")
         for field in dict.fromkeys(group.field for group in result.groups):
             groups = [group for group in result.groups if group.field == field]

@@ -52,6 +52,7 @@ class RetrievalTask:
     Every id that a query names is the id of one of the candidates.
     revision: of the data, where it is known.
     problems: rows of the files that are in neither list, and why.
+    num_lost_queries: how many queries the benchmark has beyond these, since a row or picture of theirs cannot be used.
     instructions: those that a query may have, where there are several; see :func:`with_instructions`.
     """
 
@@ -62,6 +63,7 @@ class RetrievalTask:
     candidates: list[Candidate]
     revision: str | None = None
     problems: tuple[Problem, ...] = ()
+    num_lost_queries: int = 0
     instructions: tuple[str, ...] = ()
 
     @property

@@ -156,7 +156,7 @@ def task_record(
 
     score, reranked: of the suite's metric, in [0, 1], in its official reading; ``expected``, ``trec_eval`` and
     ``readings`` are others.  num_scored of num_queries queries and num_scored_candidates of num_candidates were scored;
-    num_left_out rows of the files are in neither.
+    num_left_out rows of the files are in neither, and num_lost_queries more queries were lost with these.
     """
     official, after = result.official, result.official_reranked
     assert official is not None
@@ -189,12 +189,22 @@ def task_record(
         "num_candidates": result.num_candidates,
         "num_scored_candidates": result.num_scored_candidates,
         "num_left_out": result.num_left_out,
+        "num_lost_queries": result.num_lost_queries,
         "metrics": dict(result.scores.metrics),
         "metrics_reranked": None if result.reranked is None else dict(result.reranked.metrics),
         "chance": dict(result.scores.chance),
         "num_problems": len(result.problems),
         "problems": [problem._asdict() for problem in result.problems[:_PROBLEMS]],
     }
+
+
+def num_asked(record: Mapping[str, Any]) -> int:
+    """The queries that the benchmark of a task has, by its record: those that could be read, and those that were lost.
+
+    >>> num_asked({"num_queries": 5, "num_lost_queries": 5})
+    10
+    """
+    return int(record["num_queries"]) + int(record.get("num_lost_queries", 0))  # which older records do not have
 
 
 def averages(suite: Suite, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -134,6 +134,7 @@ class TaskResult:
     num_queries, num_candidates: how many the task has; less those in ``problems``, so many are scored.
     problems: everything that was left out: unreadable pictures, queries none of whose positives can be read, and rows
         that were left out when the files were read, of which there are ``num_left_out``.
+    num_lost_queries: queries of the benchmark that were lost with these rows, and are not among ``num_queries``.
     revision: of the data, where it is known.
     instructions: what the queries were embedded with, when not with the default of the model.
     groups: fields in the order asked for, values by falling number of queries.
@@ -166,8 +167,14 @@ class TaskResult:
     official_reranked: Official | None = None
     revision: str | None = None
     num_left_out: int = 0
+    num_lost_queries: int = 0
     ranking: Ranking | None = field_(default=None, repr=False, compare=False)
     ranking_reranked: Ranking | None = field_(default=None, repr=False, compare=False)
+
+    @property
+    def num_asked(self) -> int:
+        """Queries of the benchmark, those that were lost included: what "N of M were scored" must be of."""
+        return self.num_queries + self.num_lost_queries
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
@@ -302,6 +309,7 @@ class RetrievalEvaluator:
             official_reranked=reranked.official if with_reranker else None,
             revision=task.revision,
             num_left_out=len(task.problems),
+            num_lost_queries=task.num_lost_queries,
             ranking=plain.ranking,
             ranking_reranked=reranked.ranking if with_reranker else None,
         )
@@ -443,11 +451,14 @@ class RetrievalEvaluator:
 
 
 def sample_queries(task: RetrievalTask, limit: int) -> RetrievalTask:
-    """The task with at most ``limit`` of its queries, always the same random sample, and all candidates."""
+    """The task with at most ``limit`` of its queries, always the same random sample, and all candidates.
+
+    Only what can be asked is drawn from, so that a sample has lost no queries.
+    """
     if limit >= len(task.queries):
         return task
     rows = np.random.default_rng(0).choice(len(task.queries), size=limit, replace=False)
-    return replace(task, queries=[task.queries[row] for row in sorted(rows.tolist())])
+    return replace(task, queries=[task.queries[row] for row in sorted(rows.tolist())], num_lost_queries=0)
 
 
 class _Reranking(NamedTuple):

@@ -184,7 +184,8 @@ def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = Non
 
 def _task(row: Mapping[str, str]) -> SuiteTask:
     entry = _entry(row)
-    query, document = (entry.instructions if entry else None) or (None, None)
+    _, document = (entry.instructions if entry else None) or (None, None)
+    query = next(iter(entry.query_instructions), None) if entry else None
     return SuiteTask(
         name=row["name"],
         loader=row["loader"],

@@ -87,10 +87,10 @@ def _load(source: Source, rows: Iterable[tuple[Place, str, str, str, str]], gall
             image = builder.item("", gallery.find(path))
             right, wrong = builder.share(builder.item(caption.strip())), builder.share(builder.item(negative.strip()))
         except DatasetError as error:
-            builder.leave_out(qid, f"{place}: {error}")
+            builder.lost_query(qid, f"{place}: {error}")
             continue
         if right == wrong:
-            builder.leave_out(qid, f"{place}: both captions are the same")
+            builder.lost_query(qid, f"{place}: both captions are the same")
             continue
         builder.query(place, qid, image, [right], candidates=[right, wrong])
     return builder.build()
