@@ -18,6 +18,7 @@ from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.evaluation.benchmark import (
     BY_PICTURE,
+    READINGS,
     averages,
     check,
     file_name,
@@ -256,10 +257,37 @@ def test_the_reading_of_mmeb_v2_takes_candidates_with_one_picture_for_one() -> N
 
         encode_document = encode_query
 
-    suite = suite_of(declared("EDIS", direction="t2it", ties="first"), name="mmeb-v2-image")
-    record = run_suite(bare(Pictures({})), suite, suite.tasks, lambda _: task)
-    assert record.tasks[0]["score"] == 0.0
-    assert record.tasks[0]["readings"][BY_PICTURE]["score"] == 1.0
+    class Counting:
+        """Likes the candidates of this text; knows how often it was asked for a pair."""
+
+        settings, model_hash = RerankerSettings(), "counting"
+        asked: list[tuple[Item, Item]]
+
+        def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> np.ndarray:
+            self.asked += pairs
+            return np.array([candidate.text == "two" for _, candidate in pairs], np.float32)
+
+    reranker = Counting()
+    reranker.asked = []
+    read = declared("EDIS", direction="t2it", ties="first", readings=(BY_PICTURE,))
+    suite = suite_of(read, declared("VisDial", direction="t2it", ties="first"))
+    evaluator = bare(Pictures({}), reranker=reranker, rerank=3)
+    record = run_suite(evaluator, suite, suite.tasks, lambda _: task)
+    assert record.tasks[0]["score"] == 0.0 and record.tasks[0]["reranked"] == 1.0
+    # d1 stands for d2, and is first before the reranker and, with d3, after it
+    assert record.tasks[0]["readings"] == {BY_PICTURE: {"score": 1.0, "reranked": 1.0}}
+    assert record.tasks[1]["readings"] == {}
+    of_edis = reranker.asked[: record.cost[0]["num_pairs"]]
+    assert len(of_edis) == len(set(of_edis)) == 3
+
+
+def test_only_the_parser_of_webqa_and_edis_takes_pictures_for_names() -> None:
+    declared_by = {(suite, task.name): task.readings for suite in SUITES for task in load_suite(suite).tasks}
+    assert {name for name, readings in declared_by.items() if readings} == {
+        ("mmeb-v2-image", "WebQA"),
+        ("mmeb-v2-image", "EDIS"),
+    }
+    assert {one for readings in declared_by.values() for one in readings} <= READINGS.keys()
 
 
 def test_names_and_groups() -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -19,14 +20,14 @@ import pyarrow.parquet as pq
 
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import DatasetError, InputError, did_you_mean
-from quarterlight.evaluation.retrieval import Ranking, RetrievalEvaluator, TaskResult, sample_queries
+from quarterlight.evaluation.retrieval import Ranking, Reading, RetrievalEvaluator, TaskResult, sample_queries
 from quarterlight.evaluation.suites import Suite, SuiteTask
 from quarterlight.records import Query
 
 RESULTS = "results.json"
 
-BY_PICTURE = "candidates with one picture are one"
-"""Name of the second reading of MMEB-V2, whose evaluator takes candidates for the same that share a picture."""
+BY_PICTURE = "by_picture"
+"""Name of a second reading of MMEB-V2, of whose parsers one takes candidates for the same that share a picture."""
 
 DEPTH = 100
 """Candidates of each query that a run keeps."""
@@ -121,12 +122,9 @@ def run_suite(
         task = with_instructions(open_task(one), query=one.query_instruction, document=one.document_instruction)
         if limit:
             task = sample_queries(task, limit)
-        result = evaluator.evaluate(task, metric=one.metric, ties=one.ties, also=one.also)
-        readings = {}
-        if suite.name == "mmeb-v2-image" and (collapsed := one_per_picture(task)) is not None:
-            other = evaluator.evaluate(collapsed, metric=one.metric, ties=one.ties)
-            readings[BY_PICTURE] = _reading(other)
-        records.append(task_record(one, task, result, readings))
+        readings = {name: READINGS[name] for name in one.readings}
+        result = evaluator.evaluate(task, metric=one.metric, ties=one.ties, also=one.also, readings=readings)
+        records.append(task_record(one, task, result))
         cost.append(
             {
                 "name": one.name,
@@ -149,9 +147,7 @@ def run_suite(
     )
 
 
-def task_record(
-    declared: SuiteTask, task: RetrievalTask, result: TaskResult, readings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def task_record(declared: SuiteTask, task: RetrievalTask, result: TaskResult) -> dict[str, Any]:
     """What a report says of a task.
 
     score, reranked: of the suite's metric, in [0, 1], in its official reading; ``expected``, ``trec_eval`` and
@@ -181,7 +177,7 @@ def task_record(
         "expected": official.expected,
         "trec_eval": official.trec_eval,
         "num_tied": official.num_tied,
-        "readings": dict(readings or {}),
+        "readings": {name: _reading(one) for name, one in result.readings.items()},
         "reranked": None if after is None else after.value,
         "reranked_expected": None if after is None else after.expected,
         "num_queries": result.num_queries,
@@ -269,6 +265,12 @@ def one_per_picture(task: RetrievalTask) -> RetrievalTask | None:
     )
 
 
+READINGS: Mapping[str, Callable[[RetrievalTask], RetrievalTask | None]] = MappingProxyType(
+    {BY_PICTURE: one_per_picture}
+)
+"""Name of a second reading, as the table of suites gives it -> the task so read, if it is another one."""
+
+
 def fingerprint(task: RetrievalTask) -> str:
     """SHA-256, in hex, of the ids, texts, positives, own candidates and grades of a task; pictures are not in it.
 
@@ -337,11 +339,10 @@ def read_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _reading(result: TaskResult) -> dict[str, Any]:
-    after = result.official_reranked
+def _reading(one: Reading) -> dict[str, Any]:
     return {
-        "score": result.official.value if result.official else None,
-        "reranked": None if after is None else after.value,
+        "score": None if one.official is None else one.official.value,
+        "reranked": None if one.reranked is None else one.reranked.value,
     }
 
 

@@ -80,6 +80,8 @@ class SuiteTask:
     """of items that have none of their own; ``None`` takes the paper's for the direction"""
     document_instruction: str | None = None
     """likewise; ``None`` keeps to the model's default for the modality"""
+    readings: tuple[str, ...] = ()
+    """of the official evaluator that are not followed: names in ``quarterlight.evaluation.benchmark.READINGS``"""
     hub_id: str | None = None
     """repository on the Hugging Face hub; ``None`` for what must be fetched by hand"""
     revision: str | None = None
@@ -200,6 +202,7 @@ def _task(row: Mapping[str, str]) -> SuiteTask:
         max_tiles=int(row["max_tiles"] or 1),
         query_instruction=row["query_instruction"] or query,
         document_instruction=row["document_instruction"] or document,
+        readings=_several(row["readings"]),
         hub_id=row["hub_id"] or None,
         revision=row["revision"] or None,
         files=_several(row["files"]),
