@@ -58,7 +58,7 @@ def evaluate(
     fusion: FusionOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder of a suite's results.", show_default="evaluations/SUITE.MODEL"),
+        typer.Option(file_okay=False, help="Folder of a suite's results.", show_default="evaluations/SUITE.MODEL.HASH"),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -246,7 +246,10 @@ def run_suite_command(
         for task, reason in not_run.items():
             console.err.print(f"{task} is left out: {reason}", style="yellow", markup=False)
     embedder, judge = _open_pair(model, reranker, device) if rerank else (_open(model, device), None)
-    out = out or Path("evaluations") / f"{name}.{Path(model).name}"
+    # checkpoints of different runs are often called the same: final
+    out = out or Path("evaluations") / f"{name}.{Path(model).name}.{embedder.model_hash[:8]}"
+    if main:
+        (out / RESULTS).unlink(missing_ok=True)  # which would be of other files than those that lie beside it from now
     with console.progress("items", quiet=json or not main) as bar:
         evaluator = RetrievalEvaluator(
             embedder,
@@ -254,7 +257,8 @@ def run_suite_command(
             reranker=judge,
             rerank=rerank or 1,
             fusion_weight=fusion,
-            embeddings=cache or Path(cached_assets_path("quarterlight", namespace="embeddings")),
+            embeddings=(cache or Path(cached_assets_path("quarterlight", namespace="embeddings")))
+            / _rounding(embedder),
             depth=DEPTH,
         )
 
@@ -325,18 +329,40 @@ def _compare(files: tuple[Path, Path], seed: int, json: bool) -> None:
         console.print_json({"a": str(files[0]), "b": str(files[1]), "seed": seed, "draws": DRAWS, "differences": rows})
         return
     numbers = ("queries", "A", "B", "B - A", "95% interval")
+    notes = [f"{one.name}: {', '.join(one.unlike)}" for one in found if one.unlike and not one.reranked]
     title = f"A: {files[0]}\nB: {files[1]}\npercent, paired bootstrap of {DRAWS:,} draws, seed {seed}; *: without zero"
     table = console.table("task", "metric", *numbers, "", title=title, right=numbers)
     for one in found:
         interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
         queries = f"{one.num_queries:,}" + (f" ({one.num_only:,} in one alone)" if one.num_only else "")
         cells = (queries, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", f"{100 * one.difference:+.1f}", interval)
-        table.add_row(escape(one.name), one.metric, *cells, "*" if one.is_clear else "")
+        metric = f"{one.metric}, reranked" if one.reranked else one.metric
+        marks = ("*" if one.is_clear else "") + ("!" if one.unlike else "")
+        table.add_row(escape(one.name), metric, *cells, marks)
     console.out.print(table)
+    if notes:
+        console.err.print(
+            f"!: A and B were not asked the same, so that not only the models differ ({'; '.join(notes)}).",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _described(model: Embedder | Reranker) -> dict[str, Any]:
-    return {"name": model.name, "hash": model.model_hash, "settings": model.settings.to_dict()}
+    network = model.model
+    return {
+        "name": model.name,
+        "hash": model.model_hash,
+        "settings": model.settings.to_dict(),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": network.device.type,
+    }
+
+
+def _rounding(model: Embedder) -> str:
+    """The folder for what one dtype on one kind of device makes: the hash of a model does not tell these apart."""
+    described = _described(model)
+    return f"{described['dtype']}.{described['device']}"
 
 
 def _open(model: str, device: str | None) -> Embedder:
