@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -319,6 +320,12 @@ def test_ccneg(tmp_path: Path) -> None:
     layouts.write_ccneg(tmp_path)
     task = open_in(tmp_path, "zeroshot", "CC-Neg")
     assert [candidate(task, did).text for did in task.queries[1].candidates] == ["a cat 1", "a cat 1 but not black"]
+    import torch
+
+    bad = {"json": {"caption": 7}, "sop_data": {"negative-prompt": "no"}}
+    torch.save({"annotations": [bad], "image_paths": ["0.jpg"]}, tmp_path / "ccneg_preprocessed.pt")
+    with pytest.raises(DatasetError, match=r"row 1: expected json.caption .* \(the caption is int\)"):
+        open_in(tmp_path, "zeroshot", "CC-Neg")
     (tmp_path / "ccneg_preprocessed.pt").write_bytes(pickle.dumps(Path("code that would run")))
     with pytest.raises(DatasetError, match="must be a dictionary of image_paths and annotations"):
         open_in(tmp_path, "zeroshot", "CC-Neg")
@@ -463,6 +470,41 @@ def test_videos_are_frames_evenly_taken(tmp_path: Path) -> None:
     task = open_in(tmp_path, "zeroshot", "MSR-VTT", frames="4")
     assert [query.qid for query in task.queries] == ["video0-0"]
     assert [problem.id for problem in task.problems] == ["video1", "video1-0"]
+
+
+@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")
+def test_a_video_is_decoded_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quarterlight.data.benchmarks import videos
+
+    layouts.write_msrvtt(tmp_path)
+    decoded: list[str] = []
+    sample = videos.sample_frames
+    monkeypatch.setattr(videos, "sample_frames", lambda path, count: decoded.append(path.name) or sample(path, count))
+
+    def opened(**options: str) -> RetrievalTask:
+        declared = task_of("zeroshot", "MSR-VTT")
+        source = Source(
+            dataset="MSR-VTT", task="t2v", split="test", folder=tmp_path, options=options, pictures=tmp_path / "kept"
+        )
+        return LOADERS[declared.loader](source)
+
+    first = opened(frames="3")
+    assert opened(frames="3") == first and decoded == ["video0.mp4", "video1.mp4"]
+    Path(str(first.candidates[0].item.images[0])).unlink()
+    os.utime(tmp_path / "videos/video1.mp4", ns=(1, 1))
+    assert opened(frames="3") == first and decoded[2:] == ["video0.mp4", "video1.mp4"]
+    assert opened(frames="2") != first and len(decoded) == 6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"(", pickle.dumps({"video0": [1]}), pickle.dumps({"video0": 5}), b"\x80\x04K\x01.rest", b"\x80\x04h\x07.", b"t."],
+)
+def test_damaged_captions_of_msvd_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "raw-captions.pkl").write_bytes(content)
+    (tmp_path / "test_list.txt").write_text("video0\n")
+    with pytest.raises(DatasetError, match=r"raw-captions\.pkl must "):
+        open_in(tmp_path, "zeroshot", "MSVD")
 
 
 @pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.data.layouts import HAS_PYAV, write_suite
+from tests.data.layouts import opened_tasks, write_suite
 
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, InputError
@@ -407,7 +407,7 @@ def _value(metric: str, order: list[str], one: Query) -> float:
 def test_every_suite_scores_its_files_as_its_own_evaluator_would(name: str, tmp_path: Path) -> None:
     suite = load_suite(name)
     data = write_suite(name, tmp_path / "data")
-    tasks = [task for task in suite.tasks if HAS_PYAV or task.loader not in ("msrvtt", "msvd")]
+    tasks = opened_tasks(name)
 
     def opened(task: SuiteTask) -> RetrievalTask:
         return open_task(task, data, pictures=tmp_path)

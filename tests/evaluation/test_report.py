@@ -142,6 +142,8 @@ def test_differences_and_what_is_missing(tmp_path: Path) -> None:
     record = record_of(suite, scores, not_run=[{"name": "GQA", "reason": "its folder is missing"}])
     record["tasks"][0] |= {
         "num_scored": 990,
+        "pinned_revision": None,
+        "pictures_revision": "abc",
         "num_left_out": 2,
         "num_lost_queries": 7,
         "num_problems": 12,
@@ -154,6 +156,7 @@ def test_differences_and_what_is_missing(tmp_path: Path) -> None:
     assert "VQA (1 of 10 missing)" in page and "Overall (1 of 36 missing)" in page
     assert "34,990 of 35,007 queries were scored, in 35 tasks. 2 rows of the files could not be used." in page
     assert "| ImageNet-1K | Classification, IND | precision@1 | 990 of 1,007 |" in page
+    assert f"{suite.tasks[0].revision} (unpinned)" in page and "; pictures abc" in page
     assert "| GQA | not run |" in page and "GQA was not run: its folder is missing" in page
     assert "ImageNet-1K, q9: a picture is missing" in page and "ImageNet-1K: and 2 more" in page
     assert "optimistic" in page  # the official tie rule of MMEB, by name

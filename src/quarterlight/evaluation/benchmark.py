@@ -167,6 +167,7 @@ def task_record(declared: SuiteTask, task: RetrievalTask, result: TaskResult) ->
         "split": task.split,
         "hub_id": declared.hub_id,
         "pinned_revision": declared.revision,
+        "pictures_revision": task.pictures_revision,
         "revision": result.revision,
         "rows_sha256": fingerprint(task),
         "instructions": {"query": list(result.instructions), "document": sorted(documents)},
@@ -387,5 +388,9 @@ def _write_run(file: Path, ranking: Ranking) -> None:
 
 
 def _word(name: str) -> str:
-    """An id in a file whose columns are divided by blanks."""
-    return re.sub(r"\s", "_", name)
+    """An id in a file whose columns are divided by blanks; different ids stay different.
+
+    >>> _word("a b"), _word("a_b"), _word("100%")
+    ('a%20b', 'a_b', '100%25')
+    """
+    return re.sub(r"[\s%]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), name)

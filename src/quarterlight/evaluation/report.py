@@ -251,7 +251,7 @@ def _made_with(record: Mapping[str, Any]) -> list[Block]:
         [
             one["name"],
             one["hub_id"] or _MISSING,
-            one["revision"] or f"unknown; rows {one['rows_sha256'][:12]}",
+            _revision(one),
             one["split"],
             ", ".join(map(str, one["max_tiles"])) or _MISSING,
             "; ".join(one["instructions"]["query"]) or "the model's own",
@@ -261,6 +261,14 @@ def _made_with(record: Mapping[str, Any]) -> list[Block]:
     ]
     columns = ["task", "data", "revision", "split", "tiles", "query instruction", "candidate instruction"]
     return [Heading("Data, tiles and instructions"), Table(columns=columns, rows=rows, left=len(columns))]
+
+
+def _revision(one: Mapping[str, Any]) -> str:
+    """The commit of a task's data, and of its pictures; what the suite pins to none may change under its name."""
+    said = one["revision"] or f"unknown; rows {one['rows_sha256'][:12]}"
+    if pictures := one.get("pictures_revision"):
+        said += f"; pictures {pictures}"
+    return said if one.get("pinned_revision") or not one["hub_id"] else f"{said} (unpinned)"
 
 
 def _averages_plot(suite: Suite, record: Mapping[str, Any]) -> list[Block]:

@@ -75,6 +75,8 @@ def _ccneg(path: Path, number: int, picture: Any, annotation: Any) -> tuple[Plac
     place = Place(path, number + 1)
     try:
         caption, negated = annotation["json"]["caption"], annotation["sop_data"]["negative-prompt"]
+        if not isinstance(caption, str):
+            raise TypeError(f"the caption is {type(caption).__name__}")
         return place, str(number), str(picture).removeprefix(_CCNEG_ROOT), caption, negated.replace(",", "")
     except (KeyError, TypeError, AttributeError) as error:
         place.fail(f"expected json.caption and sop_data.negative-prompt, got {annotation!r:.60} ({error})")
