@@ -290,6 +290,16 @@ def test_only_the_parser_of_webqa_and_edis_takes_pictures_for_names() -> None:
     assert {one for readings in declared_by.values() for one in readings} <= READINGS.keys()
 
 
+def test_ids_with_blanks_stay_different_in_trec_files(tmp_path: Path) -> None:
+    """VisRAG has ids of both kinds."""
+    vectors: Vectors = {"q": (1, 0), "a b": (1, 0), "a_b": (0, 1)}
+    task = task_of([query("q", "a b")], ["a b", "a_b"])
+    write_task(tmp_path, "t", task, bare(Table(vectors), depth=2).evaluate(task, metric="precision@1"))
+    assert (tmp_path / "qrels/t.trec").read_text() == "q 0 a%20b 1\n"
+    run = [line.split() for line in (tmp_path / "runs/t.trec").read_text().splitlines()]
+    assert [line[2] for line in run] == ["a%20b", "a_b"] and {len(line) for line in run} == {6}
+
+
 def test_names_and_groups() -> None:
     suite = load_suite("mini")
     assert [task.name for task in wanted(suite, ["t2vd", "emoji/t2i"])] == [

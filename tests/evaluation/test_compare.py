@@ -134,6 +134,7 @@ def test_both_orders_of_runs_that_have_both(tmp_path: Path) -> None:
     ("key", "value", "name"),
     [
         ("revision", "f" * 40, "revision"),
+        ("pictures_revision", "f" * 40, "pictures"),
         ("rows_sha256", "1", "rows"),
         ("max_tiles", [4], "tiles"),
         ("instructions", {"query": ["Find it."], "document": []}, "instructions"),
@@ -141,8 +142,14 @@ def test_both_orders_of_runs_that_have_both(tmp_path: Path) -> None:
 )
 def test_tasks_that_were_not_asked_the_same_are_marked(tmp_path: Path, key: str, value: object, name: str) -> None:
     values = {"jose_pages/t2vd": {"q0": 1.0}, "wtq_tables/t2vd": {"q0": 1.0}}
-    asked = {"revision": None, "rows_sha256": "0", "max_tiles": [1], "instructions": {"query": [], "document": []}}
-    a = write_run(tmp_path / "a", values, **(asked | {"revision": "0" * 40}))
+    asked = {
+        "revision": None,
+        "pictures_revision": None,
+        "rows_sha256": "0",
+        "max_tiles": [1],
+        "instructions": {"query": [], "document": []},
+    }
+    a = write_run(tmp_path / "a", values, **(asked | {"revision": "0" * 40, "pictures_revision": "0" * 40}))
     assert all(not one.unlike for one in compare(a, write_run(tmp_path / "b", values, **asked)))
     record = json.loads(a.read_text())
     record["tasks"][0][key] = value

@@ -27,7 +27,13 @@ DRAWS = 10_000
 
 _NUMBERS = 1 << 24  # counts that are drawn at once
 
-_ASKED = {"revision": "revision", "rows_sha256": "rows", "max_tiles": "tiles", "instructions": "instructions"}
+_ASKED = {
+    "revision": "revision",
+    "pictures_revision": "pictures",
+    "rows_sha256": "rows",
+    "max_tiles": "tiles",
+    "instructions": "instructions",
+}
 """What of a task's record says what was asked -> what to call it."""
 
 
@@ -39,7 +45,8 @@ class Difference:
     low, high: 95% interval of the difference.
     reranked: whether this is of the order after the reranker.
     unlike: in what the runs were not asked the same, so that the difference is not of the models alone: ``revision``,
-        ``rows`` (texts, positives and candidates), ``tiles``, ``instructions``; of an average, in any of its tasks.
+        ``pictures`` (the revision of their archive), ``rows`` (texts, positives and candidates), ``tiles``,
+        ``instructions``; of an average, in any of its tasks.
     """
 
     name: str

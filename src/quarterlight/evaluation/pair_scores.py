@@ -17,7 +17,7 @@ import numpy.typing as npt
 from quarterlight.errors import DatasetError
 from quarterlight.records import Item
 
-BLOCK = 1024
+BLOCK = 2048
 """Pairs put to the reranker and written at once: so many are lost at most when a process is killed."""
 
 Pair: TypeAlias = "tuple[Item, Item]"
