@@ -75,8 +75,8 @@ def _load(source: Source) -> RetrievalTask:
     if name not in DATASETS or number not in TASKS:
         raise DatasetError(f"M-BEIR has no set {name!r} with a task {number}.")
     folder, kind = source.folder, source.option("pool", "local")
-    path, is_shared = _query_file(folder, name, number, split)
-    rows = list(_queries(path, number, is_shared=is_shared))
+    asked, is_shared = _query_file(folder, name, number, split)
+    rows = list(_queries(asked, number, is_shared=is_shared))
     qrels = _qrels(folder / "qrels" / split / f"mbeir_{name}_task{number}_{split}_qrels.txt")
     positives = {place.text(row, "qid"): _positives(place, row, qrels, split, name) for place, row in rows}
     pool_file = _pool_file(folder, name, number, split, kind)
