@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from quarterlight.cli.evaluate import run_suite_command
-from quarterlight.evaluation.benchmark import RESULTS, read_record, replace_file
+from quarterlight.evaluation.benchmark import RESULTS, num_asked, read_record, replace_file
 from quarterlight.evaluation.page import Block, Heading, Paragraph, Table, to_markdown
 from quarterlight.evaluation.report import percent
 from quarterlight.evaluation.suites import load_suite
@@ -94,7 +94,7 @@ def _row(one: Any, records: Mapping[str, Any]) -> list[str]:
     cells = ["", "", ""]
     if task is not None:
         cells = [
-            f"{task['num_scored']:,} of {task['num_queries']:,}",
+            f"{task['num_scored']:,} of {num_asked(task):,}",
             f"{task['num_scored_candidates']:,} of {task['num_candidates']:,}",
             percent(task["chance"]["precision@1"]),
         ]

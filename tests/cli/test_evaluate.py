@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeAlias
 
 import numpy as np
@@ -25,6 +26,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "retrieval"
 
 class Constant:
     name, model_hash, dimension, settings = "constant", "c0ffee", 4, EmbedderSettings()
+    model = SimpleNamespace(dtype="torch.float32", device=SimpleNamespace(type="cpu"))
 
     def encode_query(self, items: Sequence[Item]) -> np.ndarray:
         for position, item in enumerate(items):
@@ -89,7 +91,7 @@ def test_json(run: Run) -> None:
 
 
 class Undecided:
-    name, model_hash, settings = "undecided", "dec1de", RerankerSettings()
+    name, model_hash, settings, model = "undecided", "dec1de", RerankerSettings(), Constant.model
 
     def predict(self, pairs: Sequence[tuple[Item, Item]]) -> np.ndarray:
         return np.full(len(pairs), 0.5, dtype=np.float32)
@@ -190,7 +192,9 @@ def test_a_suite_leaves_its_files_and_prints_its_averages(run: Run, suite_data: 
     for name in ("results.json", "report.md", "report.html", "plots/tasks.svg", "queries/emoji.t2i.parquet"):
         assert (tmp_path / "out" / name).is_file(), name
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert record["model"]["hash"] == "c0ffee" and record["environment"]["versions"]["python"]
+    assert {"hash": "c0ffee", "dtype": "float32", "device": "cpu"}.items() <= record["model"].items()
+    assert [one.name for one in (tmp_path / "cache").iterdir()] == ["float32.cpu"]
+    assert record["environment"]["versions"]["python"]
     assert [one["name"] for one in record["tasks"]] == ["emoji/t2i", "jose_pages/t2vd", "wtq_tables/t2vd"]
     for one in record["tasks"]:
         assert one["instructions"]["query"] and one["max_tiles"] and len(one["rows_sha256"]) == 64
@@ -205,6 +209,36 @@ def test_a_suite_leaves_its_files_and_prints_its_averages(run: Run, suite_data: 
     assert [one["difference"] for one in plain["differences"]] == [0.0] * 4
 
 
+def test_a_stopped_run_leaves_no_record_of_the_one_before(
+    run: Run, suite_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--suite", "mini", "--data", suite_data, "--cache", tmp_path / "cache", "--tasks", "emoji/t2i"]
+    assert run(*arguments, "--out", tmp_path / "out").exit_code == 0
+
+    class Stopped(Constant):
+        model_hash = "c0ffee-too"
+
+        def encode_query(self, items: Sequence[Item]) -> np.ndarray:
+            raise InputError("Stopped.")
+
+    monkeypatch.setattr(command, "_open", lambda model, device: Stopped())
+    assert run(*arguments, "--out", tmp_path / "out").exit_code == 1
+    assert (tmp_path / "out/queries/emoji.t2i.parquet").is_file() and not (tmp_path / "out/results.json").exists()
+    compared = run("--compare", tmp_path / "out", tmp_path / "out")
+    assert compared.exit_code == 1 and "results.json" in compared.stderr
+
+
+def test_checkpoints_of_one_name_have_folders_of_their_own(
+    run: Run, suite_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--suite", "mini", "--data", suite_data, "--cache", tmp_path / "cache", "--tasks", "emoji/t2i"]
+    assert run(*arguments, "--model", "a/final").exit_code == 0
+    monkeypatch.setattr(Constant, "model_hash", "0123456789abcdef")
+    assert run(*arguments, "--model", "b/final").exit_code == 0
+    assert sorted(one.name for one in Path("evaluations").iterdir()) == ["mini.final.01234567", "mini.final.c0ffee"]
+
+
 def test_a_suite_with_a_real_pair(run: Run, suite_data: Path, tmp_path: Path, tiny_pair: Path) -> None:
     more = ["--data", suite_data, "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--device", "cpu", "--json"]
     result = run("--suite", "mini", "--tasks", "emoji/t2i", "--model", tiny_pair, "--rerank", "3", *more)
@@ -213,6 +247,14 @@ def test_a_suite_with_a_real_pair(run: Run, suite_data: Path, tmp_path: Path, ti
     (one,) = record["tasks"]
     assert one["reranked"] is not None and record["reranker"]["hash"] and record["settings"]["rerank"] == 3
     assert (tmp_path / "out" / "runs" / "emoji.t2i.reranked.trec").is_file()
+    assert record["reranker"]["dtype"] == record["model"]["dtype"] == "float32"
+    compared = run("--compare", tmp_path / "out", tmp_path / "out")
+    assert compared.exit_code == 0 and "precision@1, reranked" in compared.stdout and "!" not in compared.stderr
+    record["tasks"][0]["instructions"]["query"] = ["Find something else."]
+    (tmp_path / "out" / "other.json").write_text(json.dumps(record))
+    compared = run("--compare", tmp_path / "out", tmp_path / "out" / "other.json")
+    assert compared.exit_code == 0 and "not asked the same" in compared.stderr
+    assert "(emoji/t2i: instructions)" in " ".join(compared.stderr.split())
 
 
 def test_a_suite_stops_at_once_when_data_is_missing(run: Run, suite_data: Path, tmp_path: Path) -> None:

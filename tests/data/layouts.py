@@ -605,5 +605,10 @@ def write_suite(name: str, folder: Path) -> Path:
     return folder
 
 
+def opened_tasks(name: str, *, with_videos: bool = HAS_PYAV) -> list[SuiteTask]:
+    """The tasks of a suite that tests open from what :func:`write_suite` writes; those of videos where PyAV is."""
+    return [task for task in load_suite(name).tasks if with_videos or task.loader not in ("msrvtt", "msvd")]
+
+
 if __name__ == "__main__":
     write_suite(sys.argv[1], Path(sys.argv[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -101,6 +102,7 @@ def test_mmeb_rows_with_missing_pictures_are_listed(tmp_path: Path) -> None:
             archive.writestr(name, data)
     task = open_in(tmp_path, "mmeb", "CIRR")
     assert [query.qid for query in task.queries] == ["1"]
+    assert task.num_lost_queries == 1
     (problem,) = task.problems
     assert (
         problem.id == "2" and "parquet, row 2: the picture 'CIRR/558840_object_hot dog 1.jpg' is not" in problem.reason
@@ -238,6 +240,7 @@ def test_beir_lists_what_is_missing(tmp_path: Path) -> None:
     task = open_in(tmp_path, "visdoc", "ViDoRe_arxivqa")
     assert [query.qid for query in task.queries] == ["0"]
     assert [problem.id for problem in task.problems] == ["0", "3", "7"]
+    assert task.num_lost_queries == 2
     assert "there is no picture in the row" in task.problems[0].reason
     assert "its relevant page '0' is not in the corpus" in task.problems[1].reason
 
@@ -289,6 +292,20 @@ def test_captions_that_do_not_come_in_fives(tmp_path: Path) -> None:
         open_in(tmp_path, "zeroshot", "Flickr30K t2i")
 
 
+@pytest.mark.parametrize(("direction", "lost"), [("t2i", 5), ("i2t", 1)])
+def test_a_missing_picture_loses_the_queries_of_its_captions(tmp_path: Path, direction: str, lost: int) -> None:
+    declared = next(
+        task
+        for task in load_suite("zeroshot").tasks + load_suite("crossmodal").tasks
+        if task.loader == "captions" and task.options.get("kind") == "list" and task.direction == direction
+    )
+    layouts.write_captions(tmp_path, declared)
+    (tmp_path / "images/0.png").unlink()
+    source = Source(dataset="x", task=direction, split="test", folder=tmp_path, options=declared.options)
+    task = LOADERS["captions"](source)
+    assert (len(task.queries), task.num_lost_queries, len(task.problems)) == (lost, lost, 1)
+
+
 def test_sugarcrepe(tmp_path: Path) -> None:
     layouts.write_sugarcrepe(tmp_path, task_of("crossmodal", "SugarCrepe/swap_obj"))
     task = open_in(tmp_path, "crossmodal", "SugarCrepe/swap_obj")
@@ -303,6 +320,12 @@ def test_ccneg(tmp_path: Path) -> None:
     layouts.write_ccneg(tmp_path)
     task = open_in(tmp_path, "zeroshot", "CC-Neg")
     assert [candidate(task, did).text for did in task.queries[1].candidates] == ["a cat 1", "a cat 1 but not black"]
+    import torch
+
+    bad = {"json": {"caption": 7}, "sop_data": {"negative-prompt": "no"}}
+    torch.save({"annotations": [bad], "image_paths": ["0.jpg"]}, tmp_path / "ccneg_preprocessed.pt")
+    with pytest.raises(DatasetError, match=r"row 1: expected json.caption .* \(the caption is int\)"):
+        open_in(tmp_path, "zeroshot", "CC-Neg")
     (tmp_path / "ccneg_preprocessed.pt").write_bytes(pickle.dumps(Path("code that would run")))
     with pytest.raises(DatasetError, match="must be a dictionary of image_paths and annotations"):
         open_in(tmp_path, "zeroshot", "CC-Neg")
@@ -336,9 +359,32 @@ def test_mbeir_lists_positives_and_pictures_that_are_missing(mbeir: Path) -> Non
     task = open_in(mbeir, "mbeir-local", "M-BEIR/NIGHTS task4")
     assert [query.qid for query in task.queries] == ["4:401"]
     assert [problem.id for problem in task.problems] == ["4:402", "4:400", "4:400"]  # picture, positive, query
+    assert task.num_lost_queries == 1
     write_jsonl(pool, [*rows[1:2], *rows[1:2]])
     with pytest.raises(DatasetError, match=r"row 2: the candidate id '4:401' occurs a second time"):
         open_in(mbeir, "mbeir-local", "M-BEIR/NIGHTS task4")
+
+
+@pytest.mark.parametrize("column", ["modality", "task_id"])
+def test_mbeir_loses_no_query_of_a_task_s_own_file(mbeir: Path, column: str) -> None:
+    """WebQA's candidates are pictures with texts; one whose text is empty is still what its row declares."""
+    pool = mbeir / "cand_pool/local/mbeir_webqa_task2_cand_pool.jsonl"
+    rows = [json.loads(line) for line in pool.read_text().splitlines()]
+    rows[0]["txt"] = ""
+    write_jsonl(pool, rows)
+    asked = mbeir / "query/test/mbeir_webqa_task2_test.jsonl"
+    queries = [{**json.loads(line), "task_id": None} for line in asked.read_text().splitlines()]
+    if column == "task_id":  # as a test file usually is
+        queries = [{key: value for key, value in row.items() if key != "task_id"} for row in queries]
+        write_jsonl(asked, queries)
+    else:  # the layout of training
+        asked.unlink()
+        other = {**queries[0], "qid": "2:900", "pos_cand_list": ["2:901"]}
+        write_jsonl(mbeir / "query/test/mbeir_webqa_test.jsonl", [*queries, other])
+        write_jsonl(pool, [*rows, {"did": "2:901", "txt": "a text", "img_path": None, "modality": "text"}])
+    task = open_in(mbeir, "mbeir-local", "M-BEIR/WebQA task2")
+    assert [query.qid for query in task.queries] == [row["qid"] for row in queries]
+    assert not task.problems and task.num_lost_queries == 0
 
 
 def test_mbeir_without_any_pictures_says_how_to_get_them(mbeir: Path) -> None:
@@ -393,6 +439,7 @@ def test_vist_hides_what_the_story_has_shown(tmp_path: Path) -> None:
     assert first.item.text == "line 0. line 1. line 2." and len(first.item.images) == 2
     assert [one.did for one in task.candidates] == ["1", "2", "3", "4", "5"]
     assert [problem.id for problem in task.problems] == ["9", "s3"]  # a picture, and the story that shows it
+    assert task.num_lost_queries == 1
 
 
 def test_fashioniq_in_turns(tmp_path: Path) -> None:
@@ -423,6 +470,41 @@ def test_videos_are_frames_evenly_taken(tmp_path: Path) -> None:
     task = open_in(tmp_path, "zeroshot", "MSR-VTT", frames="4")
     assert [query.qid for query in task.queries] == ["video0-0"]
     assert [problem.id for problem in task.problems] == ["video1", "video1-0"]
+
+
+@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")
+def test_a_video_is_decoded_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quarterlight.data.benchmarks import videos
+
+    layouts.write_msrvtt(tmp_path)
+    decoded: list[str] = []
+    sample = videos.sample_frames
+    monkeypatch.setattr(videos, "sample_frames", lambda path, count: decoded.append(path.name) or sample(path, count))
+
+    def opened(**options: str) -> RetrievalTask:
+        declared = task_of("zeroshot", "MSR-VTT")
+        source = Source(
+            dataset="MSR-VTT", task="t2v", split="test", folder=tmp_path, options=options, pictures=tmp_path / "kept"
+        )
+        return LOADERS[declared.loader](source)
+
+    first = opened(frames="3")
+    assert opened(frames="3") == first and decoded == ["video0.mp4", "video1.mp4"]
+    Path(str(first.candidates[0].item.images[0])).unlink()
+    os.utime(tmp_path / "videos/video1.mp4", ns=(1, 1))
+    assert opened(frames="3") == first and decoded[2:] == ["video0.mp4", "video1.mp4"]
+    assert opened(frames="2") != first and len(decoded) == 6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"(", pickle.dumps({"video0": [1]}), pickle.dumps({"video0": 5}), b"\x80\x04K\x01.rest", b"\x80\x04h\x07.", b"t."],
+)
+def test_damaged_captions_of_msvd_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "raw-captions.pkl").write_bytes(content)
+    (tmp_path / "test_list.txt").write_text("video0\n")
+    with pytest.raises(DatasetError, match=r"raw-captions\.pkl must "):
+        open_in(tmp_path, "zeroshot", "MSVD")
 
 
 @pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.data.layouts import HAS_PYAV, write_suite
+from tests.data.layouts import opened_tasks, write_suite
 
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.evaluation.benchmark import (
     BY_PICTURE,
+    READINGS,
     averages,
     check,
     file_name,
     fingerprint,
+    num_asked,
     one_per_picture,
     read_record,
     run_suite,
@@ -184,7 +186,12 @@ def test_a_run_counts_what_it_scored(tmp_path: Path) -> None:
     suite = suite_of(declared("a/1 x"), declared("b"), declared("c"))
     tasks = {
         "a/1 x": task_of([query("north", "n2"), query("east", "east", excluded=("east",))], ["n2", "east"]),
-        "b": task_of([query("east", "east")], ["n2", "east"], problems=(Problem("row 7", "it has no positive"),)),
+        "b": task_of(
+            [query("east", "east")],
+            ["n2", "east"],
+            problems=(Problem("row 7", "it has no positive"),),
+            num_lost_queries=5,
+        ),
     }
     evaluator = bare(Table(VECTORS), depth=2)
     seen: list[str] = []
@@ -201,6 +208,7 @@ def test_a_run_counts_what_it_scored(tmp_path: Path) -> None:
     first, second = record.tasks
     assert (first["num_scored"], first["num_queries"], first["num_problems"]) == (1, 2, 1)
     assert (second["num_scored"], second["num_queries"], second["num_left_out"]) == (1, 1, 1)
+    assert (second["num_lost_queries"], num_asked(first), num_asked(second)) == (5, 2, 6)
     assert second["problems"] == [{"id": "row 7", "reason": "it has no positive"}]
     assert record.not_run == [{"name": "c", "reason": "it is not there"}]
     assert [(one["name"], one["score"], one["num_missing"]) for one in record.averages] == [
@@ -249,10 +257,47 @@ def test_the_reading_of_mmeb_v2_takes_candidates_with_one_picture_for_one() -> N
 
         encode_document = encode_query
 
-    suite = suite_of(declared("EDIS", direction="t2it", ties="first"), name="mmeb-v2-image")
-    record = run_suite(bare(Pictures({})), suite, suite.tasks, lambda _: task)
-    assert record.tasks[0]["score"] == 0.0
-    assert record.tasks[0]["readings"][BY_PICTURE]["score"] == 1.0
+    class Counting:
+        """Likes the candidates of this text; knows how often it was asked for a pair."""
+
+        settings, model_hash = RerankerSettings(), "counting"
+        asked: list[tuple[Item, Item]]
+
+        def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> np.ndarray:
+            self.asked += pairs
+            return np.array([candidate.text == "two" for _, candidate in pairs], np.float32)
+
+    reranker = Counting()
+    reranker.asked = []
+    read = declared("EDIS", direction="t2it", ties="first", readings=(BY_PICTURE,))
+    suite = suite_of(read, declared("VisDial", direction="t2it", ties="first"))
+    evaluator = bare(Pictures({}), reranker=reranker, rerank=3)
+    record = run_suite(evaluator, suite, suite.tasks, lambda _: task)
+    assert record.tasks[0]["score"] == 0.0 and record.tasks[0]["reranked"] == 1.0
+    # d1 stands for d2, and is first before the reranker and, with d3, after it
+    assert record.tasks[0]["readings"] == {BY_PICTURE: {"score": 1.0, "reranked": 1.0}}
+    assert record.tasks[1]["readings"] == {}
+    of_edis = reranker.asked[: record.cost[0]["num_pairs"]]
+    assert len(of_edis) == len(set(of_edis)) == 3
+
+
+def test_only_the_parser_of_webqa_and_edis_takes_pictures_for_names() -> None:
+    declared_by = {(suite, task.name): task.readings for suite in SUITES for task in load_suite(suite).tasks}
+    assert {name for name, readings in declared_by.items() if readings} == {
+        ("mmeb-v2-image", "WebQA"),
+        ("mmeb-v2-image", "EDIS"),
+    }
+    assert {one for readings in declared_by.values() for one in readings} <= READINGS.keys()
+
+
+def test_ids_with_blanks_stay_different_in_trec_files(tmp_path: Path) -> None:
+    """VisRAG has ids of both kinds."""
+    vectors: Vectors = {"q": (1, 0), "a b": (1, 0), "a_b": (0, 1)}
+    task = task_of([query("q", "a b")], ["a b", "a_b"])
+    write_task(tmp_path, "t", task, bare(Table(vectors), depth=2).evaluate(task, metric="precision@1"))
+    assert (tmp_path / "qrels/t.trec").read_text() == "q 0 a%20b 1\n"
+    run = [line.split() for line in (tmp_path / "runs/t.trec").read_text().splitlines()]
+    assert [line[2] for line in run] == ["a%20b", "a_b"] and {len(line) for line in run} == {6}
 
 
 def test_names_and_groups() -> None:
@@ -372,7 +417,7 @@ def _value(metric: str, order: list[str], one: Query) -> float:
 def test_every_suite_scores_its_files_as_its_own_evaluator_would(name: str, tmp_path: Path) -> None:
     suite = load_suite(name)
     data = write_suite(name, tmp_path / "data")
-    tasks = [task for task in suite.tasks if HAS_PYAV or task.loader not in ("msrvtt", "msvd")]
+    tasks = opened_tasks(name)
 
     def opened(task: SuiteTask) -> RetrievalTask:
         return open_task(task, data, pictures=tmp_path)

@@ -12,17 +12,24 @@ from quarterlight.errors import InputError
 from quarterlight.evaluation.benchmark import file_name
 from quarterlight.evaluation.compare import bootstrap, compare
 
+Values = dict[str, dict[str, float | None]]
 
-def write_run(folder: Path, values: dict[str, dict[str, float | None]], *, suite: str = "mini") -> Path:
+
+def write_run(
+    folder: Path, values: Values, *, suite: str = "mini", reranked: Values | None = None, **more: object
+) -> Path:
     """A run with these values by task and query; ``None`` for a query that was not scored."""
     (folder / "queries").mkdir(parents=True)
-    tasks = [{"name": name, "metric": "precision@1", "ties": "expected"} for name in values]
+    after = 0.5 if reranked else None
+    tasks = [{"name": name, "metric": "precision@1", "ties": "expected", "reranked": after, **more} for name in values]
     for name, of_query in values.items():
         table = {
             "qid": list(of_query),
             "scored": [value is not None for value in of_query.values()],
             "precision@1": pa.array(list(of_query.values()), pa.float64()),
         }
+        if reranked:
+            table["precision@1_reranked"] = pa.array(list(reranked[name].values()), pa.float64())
         pq.write_table(pa.table(table), folder / "queries" / f"{file_name(name)}.parquet")
     file = folder / "results.json"
     file.write_text(json.dumps({"suite": suite, "tasks": tasks, "averages": []}))
@@ -101,5 +108,50 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "a" / "other.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"metric precision@1 in .* and hit@5"):
         compare(a, tmp_path / "a" / "other.json")
-    with pytest.raises(InputError, match="has no column precision@1_reranked"):
-        compare(a, a, reranked=True)
+    record["tasks"][0] |= {"metric": "precision@1", "ties": "strict"}
+    (tmp_path / "a" / "other.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"has the ties expected in .* and strict in"):
+        compare(a, tmp_path / "a" / "other.json")
+
+
+def test_both_orders_of_runs_that_have_both(tmp_path: Path) -> None:
+    names = ["jose_pages/t2vd", "wtq_tables/t2vd"]
+    values = {name: random_values(number, 50, 0.5) for number, name in enumerate(names)}
+    better = {name: dict.fromkeys(values[name], 1.0) for name in names}
+    a = write_run(tmp_path / "a", values, reranked=values)
+    b = write_run(tmp_path / "b", values, reranked=better)
+    found = compare(a, b)
+    assert [(one.name, one.reranked) for one in found] == [
+        (name, reranked) for reranked in (False, True) for name in (*names, "t2vd")
+    ]
+    assert [one.difference for one in found[:3]] == [0, 0, 0]
+    assert found[3].b == found[5].b == 1.0 and found[3].difference > 0.2
+    without = write_run(tmp_path / "c", values)
+    assert not any(one.reranked for one in compare(a, without))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("revision", "f" * 40, "revision"),
+        ("pictures_revision", "f" * 40, "pictures"),
+        ("rows_sha256", "1", "rows"),
+        ("max_tiles", [4], "tiles"),
+        ("instructions", {"query": ["Find it."], "document": []}, "instructions"),
+    ],
+)
+def test_tasks_that_were_not_asked_the_same_are_marked(tmp_path: Path, key: str, value: object, name: str) -> None:
+    values = {"jose_pages/t2vd": {"q0": 1.0}, "wtq_tables/t2vd": {"q0": 1.0}}
+    asked = {
+        "revision": None,
+        "pictures_revision": None,
+        "rows_sha256": "0",
+        "max_tiles": [1],
+        "instructions": {"query": [], "document": []},
+    }
+    a = write_run(tmp_path / "a", values, **(asked | {"revision": "0" * 40, "pictures_revision": "0" * 40}))
+    assert all(not one.unlike for one in compare(a, write_run(tmp_path / "b", values, **asked)))
+    record = json.loads(a.read_text())
+    record["tasks"][0][key] = value
+    (tmp_path / "a" / "other.json").write_text(json.dumps(record))
+    assert [one.unlike for one in compare(a, tmp_path / "a" / "other.json")] == [(name,), (), (name,)]

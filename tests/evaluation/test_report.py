@@ -42,6 +42,7 @@ def record_of(suite: Suite, scores: Mapping[str, float], **more: Any) -> dict[st
             "num_candidates": 5000,
             "num_scored_candidates": 5000,
             "num_left_out": 0,
+            "num_lost_queries": 0,
             "chance": {task.metric: 0.001},
             "num_problems": 0,
             "problems": [],
@@ -141,7 +142,10 @@ def test_differences_and_what_is_missing(tmp_path: Path) -> None:
     record = record_of(suite, scores, not_run=[{"name": "GQA", "reason": "its folder is missing"}])
     record["tasks"][0] |= {
         "num_scored": 990,
+        "pinned_revision": None,
+        "pictures_revision": "abc",
         "num_left_out": 2,
+        "num_lost_queries": 7,
         "num_problems": 12,
         "problems": [{"id": f"q{n}", "reason": "a picture is missing"} for n in range(12)],
         "num_tied": 3,
@@ -150,8 +154,9 @@ def test_differences_and_what_is_missing(tmp_path: Path) -> None:
     own = next(line for line in page.splitlines() if line.startswith("| **made-up** | **ours**"))
     assert own.count("–") == 3  # VQA, OOD and Overall are over GQA too
     assert "VQA (1 of 10 missing)" in page and "Overall (1 of 36 missing)" in page
-    assert "34,990 of 35,000 queries were scored, in 35 tasks. 2 more rows of the files could not be used." in page
-    assert "| ImageNet-1K | Classification, IND | precision@1 | 990 of 1,000 |" in page
+    assert "34,990 of 35,007 queries were scored, in 35 tasks. 2 rows of the files could not be used." in page
+    assert "| ImageNet-1K | Classification, IND | precision@1 | 990 of 1,007 |" in page
+    assert f"{suite.tasks[0].revision} (unpinned)" in page and "; pictures abc" in page
     assert "| GQA | not run |" in page and "GQA was not run: its folder is missing" in page
     assert "ImageNet-1K, q9: a picture is missing" in page and "ImageNet-1K: and 2 more" in page
     assert "optimistic" in page  # the official tie rule of MMEB, by name

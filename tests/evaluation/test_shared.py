@@ -14,6 +14,7 @@ import pytest
 from tests.evaluation.worker import Hashing, open_task, run, suite
 from tests.training.test_distributed import in_two_processes
 
+from quarterlight.errors import DatasetError
 from quarterlight.evaluation.benchmark import run_suite
 from quarterlight.evaluation.retrieval import RetrievalEvaluator
 from quarterlight.models.embedder import Embedder
@@ -61,7 +62,7 @@ def test_two_processes_find_what_one_finds(whole: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_without_embedding_anything_twice(whole: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "tests.evaluation.worker", str(tmp_path / "killed"), str(cache), "0.4"]
+    command = [sys.executable, "-m", "tests.evaluation.worker", str(tmp_path / "killed"), str(cache), "0.4", "0"]
     killed = subprocess.Popen(command, cwd=ROOT)
     until = time.monotonic() + 200
     while len(list(cache.rglob("*.npz"))) < 4 and time.monotonic() < until and killed.poll() is None:
@@ -75,6 +76,31 @@ def test_a_killed_run_goes_on_without_embedding_anything_twice(whole: Path, tmp_
     assert len(asked(tmp_path / "again")) == len(asked(whole)) - done
     assert record_of(tmp_path / "again") == record_of(whole)
     assert runs(tmp_path / "again") == runs(whole)
+
+
+def test_a_killed_run_goes_on_without_scoring_a_pair_twice(whole: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "tests.evaluation.worker", str(tmp_path / "killed"), str(cache), "0", "0.4"]
+    killed = subprocess.Popen(command, cwd=ROOT)
+    pairs = cache / "coin" / "pairs"
+    until = time.monotonic() + 200
+    while len(list(pairs.glob("*.npz"))) < 3 and time.monotonic() < until and killed.poll() is None:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    kept = list(pairs.glob("*.npz"))
+    everything = (whole / "pairs-0").read_text().splitlines()
+    assert len(kept) >= 3 and len(set(everything)) == len(everything)
+    run(tmp_path / "again", cache)
+    asked_again = (tmp_path / "again" / "pairs-0").read_text().splitlines()
+    done = sum(len(np.load(file)["key"]) for file in kept)
+    assert 0 < done < len(everything)
+    assert len(asked_again) == len(everything) - done and set(asked_again) < set(everything)
+    assert record_of(tmp_path / "again") == record_of(whole)
+    assert runs(tmp_path / "again") == runs(whole)
+    kept[0].write_bytes(kept[0].read_bytes()[:90])
+    with pytest.raises(DatasetError, match=r"\.npz is damaged .* its pairs are scored again"):
+        run(tmp_path / "damaged", cache)
 
 
 def test_runs_share_embeddings_by_content_instruction_and_tiles(
@@ -149,8 +175,6 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     run_suite(RetrievalEvaluator(Hashing(), embeddings=tmp_path), made_up, made_up.tasks, open_task)
     shard = next(tmp_path.rglob("*.npz"))
     shard.write_bytes(shard.read_bytes()[:100])
-    from quarterlight.errors import DatasetError
-
     with pytest.raises(DatasetError, match=r"\.npz is damaged"):
         run_suite(RetrievalEvaluator(Hashing(), embeddings=tmp_path), made_up, made_up.tasks, open_task)
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import csv
 import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from tests.data.layouts import HAS_PYAV, write_suite
+from tests.data.layouts import opened_tasks, write_suite
 
 from quarterlight.data.benchmarks import LOADERS
 from quarterlight.data.registry import datasets
@@ -88,9 +90,7 @@ def test_every_evaluation_row_of_the_registry_is_a_task() -> None:
 @pytest.mark.parametrize("name", SUITES)
 def test_every_task_of_a_suite_opens(name: str, suite_data: Opened, tmp_path: Path) -> None:
     data = suite_data(name)
-    for one in load_suite(name).tasks:
-        if one.loader in ("msrvtt", "msvd") and not HAS_PYAV:
-            continue
+    for one in opened_tasks(name):
         task = open_task(one, data, pictures=tmp_path)
         dids = {candidate.did for candidate in task.candidates}
         assert task.queries, one.name
@@ -197,6 +197,14 @@ def test_the_revision_is_noted_and_checked(suite_data: Opened, tmp_path: Path) -
     pinned.write_text("0" * 40 + "\netag\n1.0\n")
     with pytest.raises(DatasetError, match=rf"is revision {'0' * 40} of mteb/.*pinned to {arxivqa.revision}"):
         open_task(arxivqa, tmp_path)
+    # every file that the task needs counts, not only the first that is found; others do not
+    for name, commit in ((note.name, arxivqa.revision), ("README.md.metadata", "1" * 40), ("else.metadata", "2" * 40)):
+        (pinned.parent / name if name == note.name else pinned.parents[1] / name).write_text(f"{commit}\netag\n1.0\n")
+    with pytest.raises(DatasetError, match=rf"is revision {'1' * 40} and {arxivqa.revision} of mteb/"):
+        open_task(arxivqa, tmp_path)
+    (pinned.parents[1] / "README.md.metadata").unlink()
+    assert open_task(arxivqa, tmp_path).revision == arxivqa.revision
+    pinned.write_text("0" * 40 + "\netag\n1.0\n")
     # the repository that mteb has copied has commits of its own
     (tmp_path / "mteb").rename(tmp_path / "vidore")
     assert open_task(arxivqa, tmp_path).revision == "0" * 40
@@ -221,8 +229,24 @@ def test_the_archive_of_mmeb_v2_is_unpacked_once(suite_data: Opened, tmp_path: P
     with tarfile.open(archive, "w:gz") as packed:
         packed.add(whole / "image-tasks/CIRR", "MMEB/CIRR")
     first = open_task(task, tmp_path)
+    assert first.pictures_revision is None
+    note = tmp_path / ".cache/huggingface/download/image-tasks/mmeb_v1.tar.gz.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text("a" * 40 + "\netag\n1.0\n")
+    assert open_task(task, tmp_path).pictures_revision == "a" * 40
+    note.unlink()
     assert not first.problems and load_image(first.queries[0].item.images[0]).size == (8, 8)
     assert open_task(task, tmp_path) == first
     archive.write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(DatasetError, match=r"mmeb_v1.tar.gz cannot be unpacked .*truncated"):
         open_task(task, tmp_path)
+
+
+def test_instructions_of_mbeir_have_one_source() -> None:
+    """The table of suites would be a second one; both suites ask with the first of the registry's."""
+    tasks = [*load_suite("mbeir-local").tasks, *load_suite("mbeir-global").tasks]
+    for task in tasks:
+        assert task.entry is not None and task.query_instruction == task.entry.query_instructions[0]
+    table = files("quarterlight.evaluation") / "resources" / "suites.csv"
+    rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    assert not [row["name"] for row in rows if row["suite"].startswith("mbeir") and row["query_instruction"]]

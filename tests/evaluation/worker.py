@@ -1,4 +1,6 @@
-"""A process that runs a made-up suite: ``python -m tests.evaluation.worker OUT CACHE SECONDS_A_SHARD``."""
+"""A process that runs a made-up suite: ``python -m tests.evaluation.worker OUT CACHE SECONDS_A_SHARD SECONDS_A_BLOCK``
+of embeddings and of pairs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.evaluation import retrieval
+from quarterlight.evaluation import pair_scores, retrieval
 from quarterlight.evaluation.benchmark import run_suite
 from quarterlight.evaluation.suites import Average, Suite, SuiteTask
 from quarterlight.models.settings import RerankerSettings
@@ -49,8 +51,15 @@ class Coin:
     """A reranker without meaning, likewise."""
 
     settings = RerankerSettings()
+    model_hash = "coin"
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.asked: list[str] = []
 
     def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> np.ndarray:
+        time.sleep(self.seconds)
+        self.asked += [f"{a.text} {b.text}" for a, b in pairs]
         return np.array([abs(numbers(f"{a.text} {b.text}", 1)[0]) % 1 for a, b in pairs], np.float32)
 
 
@@ -100,25 +109,30 @@ def open_task(task: SuiteTask) -> RetrievalTask:
     )
 
 
-def run(out: Path, cache: Path, seconds: float = 0.0) -> None:
+def run(out: Path, cache: Path, seconds: float = 0.0, rerank_seconds: float = 0.0) -> None:
     """Runs the suite; also notes what this process was asked, and what it found."""
-    before = embeddings.SHARD, retrieval._QUERIES
-    embeddings.SHARD, retrieval._QUERIES = 8, 10  # many of either, so that there is something to share and to lose
+    before = embeddings.SHARD, retrieval._QUERIES, pair_scores.BLOCK
+    embeddings.SHARD, retrieval._QUERIES, pair_scores.BLOCK = (
+        8,
+        10,
+        16,
+    )  # many of either, so that there is something to share and to lose
     try:
-        encoder = Hashing(seconds)
+        encoder, coin = Hashing(seconds), Coin(rerank_seconds)
         evaluator = retrieval.RetrievalEvaluator(
-            encoder, reranker=Coin(), rerank=4, embeddings=cache, depth=5, prepare=lambda task: task
+            encoder, reranker=coin, rerank=4, embeddings=cache, depth=5, prepare=lambda task: task
         )
         process = processes()
         made_up = suite()
         folder = out if process.is_main_process else None
         record = run_suite(evaluator, made_up, made_up.tasks, open_task, folder=folder).to_json()
     finally:
-        embeddings.SHARD, retrieval._QUERIES = before
+        embeddings.SHARD, retrieval._QUERIES, pair_scores.BLOCK = before
     out.mkdir(parents=True, exist_ok=True)
     (out / f"asked-{process.process_index}").write_text("\n".join(encoder.asked))
+    (out / f"pairs-{process.process_index}").write_text("\n".join(coin.asked))
     (out / f"record-{process.process_index}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    run(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))

@@ -58,7 +58,7 @@ def evaluate(
     fusion: FusionOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder of a suite's results.", show_default="evaluations/SUITE.MODEL"),
+        typer.Option(file_okay=False, help="Folder of a suite's results.", show_default="evaluations/SUITE.MODEL.HASH"),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -246,7 +246,10 @@ def run_suite_command(
         for task, reason in not_run.items():
             console.err.print(f"{task} is left out: {reason}", style="yellow", markup=False)
     embedder, judge = _open_pair(model, reranker, device) if rerank else (_open(model, device), None)
-    out = out or Path("evaluations") / f"{name}.{Path(model).name}"
+    # checkpoints of different runs are often called the same: final
+    out = out or Path("evaluations") / f"{name}.{Path(model).name}.{embedder.model_hash[:8]}"
+    if main:
+        (out / RESULTS).unlink(missing_ok=True)  # which would be of other files than those that lie beside it from now
     with console.progress("items", quiet=json or not main) as bar:
         evaluator = RetrievalEvaluator(
             embedder,
@@ -254,7 +257,8 @@ def run_suite_command(
             reranker=judge,
             rerank=rerank or 1,
             fusion_weight=fusion,
-            embeddings=cache or Path(cached_assets_path("quarterlight", namespace="embeddings")),
+            embeddings=(cache or Path(cached_assets_path("quarterlight", namespace="embeddings")))
+            / _rounding(embedder),
             depth=DEPTH,
         )
 
@@ -293,6 +297,7 @@ def run_suite_command(
 
 def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
     """The tasks and our averages; what is published stands in the report."""
+    from quarterlight.evaluation.benchmark import num_asked
     from quarterlight.evaluation.report import percent
 
     after = ["reranked"] if record["reranker"] else []
@@ -300,7 +305,7 @@ def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
     table = console.table("task", "metric", *numbers, title=f"{suite.title}, percent", right=numbers)
     for one in record["tasks"]:
         scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
-        queries = _of(one["num_scored"], one["num_queries"])
+        queries = _of(one["num_scored"], num_asked(one))
         pool = _of(one["num_scored_candidates"], one["num_candidates"])
         chance = percent(one["chance"].get(one["metric"]))
         table.add_row(escape(one["name"]), one["metric"], queries, pool, *scores, chance)
@@ -324,18 +329,40 @@ def _compare(files: tuple[Path, Path], seed: int, json: bool) -> None:
         console.print_json({"a": str(files[0]), "b": str(files[1]), "seed": seed, "draws": DRAWS, "differences": rows})
         return
     numbers = ("queries", "A", "B", "B - A", "95% interval")
+    notes = [f"{one.name}: {', '.join(one.unlike)}" for one in found if one.unlike and not one.reranked]
     title = f"A: {files[0]}\nB: {files[1]}\npercent, paired bootstrap of {DRAWS:,} draws, seed {seed}; *: without zero"
     table = console.table("task", "metric", *numbers, "", title=title, right=numbers)
     for one in found:
         interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
         queries = f"{one.num_queries:,}" + (f" ({one.num_only:,} in one alone)" if one.num_only else "")
         cells = (queries, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", f"{100 * one.difference:+.1f}", interval)
-        table.add_row(escape(one.name), one.metric, *cells, "*" if one.is_clear else "")
+        metric = f"{one.metric}, reranked" if one.reranked else one.metric
+        marks = ("*" if one.is_clear else "") + ("!" if one.unlike else "")
+        table.add_row(escape(one.name), metric, *cells, marks)
     console.out.print(table)
+    if notes:
+        console.err.print(
+            f"!: A and B were not asked the same, so that not only the models differ ({'; '.join(notes)}).",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _described(model: Embedder | Reranker) -> dict[str, Any]:
-    return {"name": model.name, "hash": model.model_hash, "settings": model.settings.to_dict()}
+    network = model.model
+    return {
+        "name": model.name,
+        "hash": model.model_hash,
+        "settings": model.settings.to_dict(),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": network.device.type,
+    }
+
+
+def _rounding(model: Embedder) -> str:
+    """The folder for what one dtype on one kind of device makes: the hash of a model does not tell these apart."""
+    described = _described(model)
+    return f"{described['dtype']}.{described['device']}"
 
 
 def _open(model: str, device: str | None) -> Embedder:
@@ -364,7 +391,7 @@ def _print(dataset: RetrievalDataset, results: Sequence[TaskResult]) -> None:
     table = console.table("task", *numbers, title=title, right=numbers)
     for result in results:
         pool = _of(result.num_scored_candidates, result.num_candidates)
-        queries = _of(result.scores.num_queries, result.num_queries)
+        queries = _of(result.scores.num_queries, result.num_asked)
         table.add_row(result.task, queries, pool, *_cells(result.scores, result.reranked), style="bold")
         for field in dict.fromkeys(group.field for group in result.groups):
             groups = [group for group in result.groups if group.field == field]

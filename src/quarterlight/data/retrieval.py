@@ -50,8 +50,9 @@ class RetrievalTask:
     """The queries of one task and split, and everything that they may find.
 
     Every id that a query names is the id of one of the candidates.
-    revision: of the data, where it is known.
+    revision: of the data, where it is known.  pictures_revision: likewise, of an archive of pictures of another one.
     problems: rows of the files that are in neither list, and why.
+    num_lost_queries: how many queries the benchmark has beyond these, since a row or picture of theirs cannot be used.
     instructions: those that a query may have, where there are several; see :func:`with_instructions`.
     """
 
@@ -61,7 +62,9 @@ class RetrievalTask:
     queries: list[Query]
     candidates: list[Candidate]
     revision: str | None = None
+    pictures_revision: str | None = None
     problems: tuple[Problem, ...] = ()
+    num_lost_queries: int = 0
     instructions: tuple[str, ...] = ()
 
     @property

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -19,14 +20,14 @@ import pyarrow.parquet as pq
 
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import DatasetError, InputError, did_you_mean
-from quarterlight.evaluation.retrieval import Ranking, RetrievalEvaluator, TaskResult, sample_queries
+from quarterlight.evaluation.retrieval import Ranking, Reading, RetrievalEvaluator, TaskResult, sample_queries
 from quarterlight.evaluation.suites import Suite, SuiteTask
 from quarterlight.records import Query
 
 RESULTS = "results.json"
 
-BY_PICTURE = "candidates with one picture are one"
-"""Name of the second reading of MMEB-V2, whose evaluator takes candidates for the same that share a picture."""
+BY_PICTURE = "by_picture"
+"""Name of a second reading of MMEB-V2, of whose parsers one takes candidates for the same that share a picture."""
 
 DEPTH = 100
 """Candidates of each query that a run keeps."""
@@ -121,12 +122,9 @@ def run_suite(
         task = with_instructions(open_task(one), query=one.query_instruction, document=one.document_instruction)
         if limit:
             task = sample_queries(task, limit)
-        result = evaluator.evaluate(task, metric=one.metric, ties=one.ties, also=one.also)
-        readings = {}
-        if suite.name == "mmeb-v2-image" and (collapsed := one_per_picture(task)) is not None:
-            other = evaluator.evaluate(collapsed, metric=one.metric, ties=one.ties)
-            readings[BY_PICTURE] = _reading(other)
-        records.append(task_record(one, task, result, readings))
+        readings = {name: READINGS[name] for name in one.readings}
+        result = evaluator.evaluate(task, metric=one.metric, ties=one.ties, also=one.also, readings=readings)
+        records.append(task_record(one, task, result))
         cost.append(
             {
                 "name": one.name,
@@ -149,14 +147,12 @@ def run_suite(
     )
 
 
-def task_record(
-    declared: SuiteTask, task: RetrievalTask, result: TaskResult, readings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def task_record(declared: SuiteTask, task: RetrievalTask, result: TaskResult) -> dict[str, Any]:
     """What a report says of a task.
 
     score, reranked: of the suite's metric, in [0, 1], in its official reading; ``expected``, ``trec_eval`` and
     ``readings`` are others.  num_scored of num_queries queries and num_scored_candidates of num_candidates were scored;
-    num_left_out rows of the files are in neither.
+    num_left_out rows of the files are in neither, and num_lost_queries more queries were lost with these.
     """
     official, after = result.official, result.official_reranked
     assert official is not None
@@ -171,6 +167,7 @@ def task_record(
         "split": task.split,
         "hub_id": declared.hub_id,
         "pinned_revision": declared.revision,
+        "pictures_revision": task.pictures_revision,
         "revision": result.revision,
         "rows_sha256": fingerprint(task),
         "instructions": {"query": list(result.instructions), "document": sorted(documents)},
@@ -181,7 +178,7 @@ def task_record(
         "expected": official.expected,
         "trec_eval": official.trec_eval,
         "num_tied": official.num_tied,
-        "readings": dict(readings or {}),
+        "readings": {name: _reading(one) for name, one in result.readings.items()},
         "reranked": None if after is None else after.value,
         "reranked_expected": None if after is None else after.expected,
         "num_queries": result.num_queries,
@@ -189,12 +186,22 @@ def task_record(
         "num_candidates": result.num_candidates,
         "num_scored_candidates": result.num_scored_candidates,
         "num_left_out": result.num_left_out,
+        "num_lost_queries": result.num_lost_queries,
         "metrics": dict(result.scores.metrics),
         "metrics_reranked": None if result.reranked is None else dict(result.reranked.metrics),
         "chance": dict(result.scores.chance),
         "num_problems": len(result.problems),
         "problems": [problem._asdict() for problem in result.problems[:_PROBLEMS]],
     }
+
+
+def num_asked(record: Mapping[str, Any]) -> int:
+    """The queries that the benchmark of a task has, by its record: those that could be read, and those that were lost.
+
+    >>> num_asked({"num_queries": 5, "num_lost_queries": 5})
+    10
+    """
+    return int(record["num_queries"]) + int(record.get("num_lost_queries", 0))  # which older records do not have
 
 
 def averages(suite: Suite, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -257,6 +264,12 @@ def one_per_picture(task: RetrievalTask) -> RetrievalTask | None:
         queries=[query(one) for one in task.queries],
         candidates=[candidate for candidate in task.candidates if candidate.did in kept],
     )
+
+
+READINGS: Mapping[str, Callable[[RetrievalTask], RetrievalTask | None]] = MappingProxyType(
+    {BY_PICTURE: one_per_picture}
+)
+"""Name of a second reading, as the table of suites gives it -> the task so read, if it is another one."""
 
 
 def fingerprint(task: RetrievalTask) -> str:
@@ -327,11 +340,10 @@ def read_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _reading(result: TaskResult) -> dict[str, Any]:
-    after = result.official_reranked
+def _reading(one: Reading) -> dict[str, Any]:
     return {
-        "score": result.official.value if result.official else None,
-        "reranked": None if after is None else after.value,
+        "score": None if one.official is None else one.official.value,
+        "reranked": None if one.reranked is None else one.reranked.value,
     }
 
 
@@ -376,5 +388,9 @@ def _write_run(file: Path, ranking: Ranking) -> None:
 
 
 def _word(name: str) -> str:
-    """An id in a file whose columns are divided by blanks."""
-    return re.sub(r"\s", "_", name)
+    """An id in a file whose columns are divided by blanks; different ids stay different.
+
+    >>> _word("a b"), _word("a_b"), _word("100%")
+    ('a%20b', 'a_b', '100%25')
+    """
+    return re.sub(r"[\s%]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), name)

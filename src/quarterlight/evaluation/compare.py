@@ -10,7 +10,7 @@ N queries, R draws, V distinct values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ DRAWS = 10_000
 
 _NUMBERS = 1 << 24  # counts that are drawn at once
 
+_ASKED = {
+    "revision": "revision",
+    "pictures_revision": "pictures",
+    "rows_sha256": "rows",
+    "max_tiles": "tiles",
+    "instructions": "instructions",
+}
+"""What of a task's record says what was asked -> what to call it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -34,6 +43,10 @@ class Difference:
 
     a, b: means over the ``num_queries`` queries that both have scored.  num_only: queries that one of them alone has.
     low, high: 95% interval of the difference.
+    reranked: whether this is of the order after the reranker.
+    unlike: in what the runs were not asked the same, so that the difference is not of the models alone: ``revision``,
+        ``pictures`` (the revision of their archive), ``rows`` (texts, positives and candidates), ``tiles``,
+        ``instructions``; of an average, in any of its tasks.
     """
 
     name: str
@@ -44,6 +57,8 @@ class Difference:
     high: float
     num_queries: int
     num_only: int
+    reranked: bool = False
+    unlike: tuple[str, ...] = ()
 
     @property
     def difference(self) -> float:
@@ -72,12 +87,11 @@ def bootstrap(difference_N: npt.NDArray[np.floating[Any]], *, seed: int, draws: 
     return np.concatenate(parts) / len(difference_N)
 
 
-def compare(a: Path, b: Path, *, seed: int = 0, draws: int = DRAWS, reranked: bool = False) -> list[Difference]:
-    """The tasks that both runs have, then the averages over these alone.
+def compare(a: Path, b: Path, *, seed: int = 0, draws: int = DRAWS) -> list[Difference]:
+    """The tasks that both runs have, then the averages over these alone; then, where both have reranked, so again.
 
     a, b: ``results.json`` of two runs, beside their per-query files.
-    reranked: of the order after the reranker, of runs that have one.
-    Raises InputError for runs of different suites, metrics, or without a task in common, and for missing files.
+    Raises InputError for runs of different suites, metrics or ties, or without a task in common, and for missing files.
     """
     first, second = read_record(a), read_record(b)
     if first["suite"] != second["suite"]:
@@ -89,12 +103,45 @@ def compare(a: Path, b: Path, *, seed: int = 0, draws: int = DRAWS, reranked: bo
     common = [name for name in tasks if name in others]
     if not common:
         raise InputError(f"{a} and {b} have no task in common.")
+    for name in common:
+        for what in ("metric", "ties"):
+            if tasks[name][what] != others[name][what]:
+                raise InputError(
+                    f"{name} has the {what} {tasks[name][what]} in {a} and {others[name][what]} in {b}: their scores "
+                    "do not mean the same."
+                )
+    suite = load_suite(first["suite"])
+    unlike = {name: _unlike(tasks[name], others[name]) for name in common}
+    metrics = {name: tasks[name]["metric"] for name in common}
+    both = [name for name in common if None not in (tasks[name].get("reranked"), others[name].get("reranked"))]
+    found = _differences(a, b, suite, metrics, unlike, seed, draws, reranked=False)
+    return found + _differences(a, b, suite, {name: metrics[name] for name in both}, unlike, seed, draws, reranked=True)
+
+
+def _unlike(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[str, ...]:
+    """In what two records of a task were not asked the same, as far as both say it."""
+    return tuple(
+        name
+        for key, name in _ASKED.items()
+        if one.get(key) is not None and two.get(key) is not None and one[key] != two[key]
+    )
+
+
+def _differences(
+    a: Path,
+    b: Path,
+    suite: Suite,
+    metrics: Mapping[str, str],
+    unlike: Mapping[str, tuple[str, ...]],
+    seed: int,
+    draws: int,
+    *,
+    reranked: bool,
+) -> list[Difference]:
+    """One order: the tasks of ``metrics``, then the averages over them."""
     found: list[Difference] = []
     drawn: dict[str, npt.NDArray[np.float64]] = {}
-    for number, name in enumerate(common):
-        metric = tasks[name]["metric"]
-        if (metric, tasks[name]["ties"]) != (others[name]["metric"], others[name]["ties"]):
-            raise InputError(f"{name} has the metric {metric} in {a} and {others[name]['metric']} in {b}.")
+    for number, (name, metric) in enumerate(metrics.items()):
         column = f"{metric}_reranked" if reranked else metric
         one, two = (_values(file, name, column) for file in (a, b))
         qids = [qid for qid in one if qid in two]
@@ -102,12 +149,10 @@ def compare(a: Path, b: Path, *, seed: int = 0, draws: int = DRAWS, reranked: bo
             raise InputError(f"{name}: {a} and {b} have scored no query in common.")
         a_N, b_N = (np.array([values[qid] for qid in qids]) for values in (one, two))
         drawn[name] = bootstrap(b_N - a_N, seed=(seed * 1_000_003 + number), draws=draws)
-        found.append(
-            _difference(
-                name, metric, a_N.mean(), b_N.mean(), drawn[name], len(qids), len(one) + len(two) - 2 * len(qids)
-            )
-        )
-    return found + _averages(load_suite(first["suite"]), found, drawn)
+        num_only = len(one) + len(two) - 2 * len(qids)
+        difference = _difference(name, metric, a_N.mean(), b_N.mean(), drawn[name], len(qids), num_only)
+        found.append(replace(difference, reranked=reranked, unlike=unlike[name]))
+    return found + [replace(one, reranked=reranked) for one in _averages(suite, found, drawn)]
 
 
 def _averages(suite: Suite, found: list[Difference], drawn: Mapping[str, npt.NDArray[np.float64]]) -> list[Difference]:
@@ -119,8 +164,10 @@ def _averages(suite: Suite, found: list[Difference], drawn: Mapping[str, npt.NDA
         mean_a, mean_b, mean_R = a[average.name], b[average.name], means[average.name]
         if mean_a is not None and mean_b is not None and mean_R is not None:
             tasks = tasks_of(suite, average.name)
-            number = sum(one.num_queries for one in found if one.name in tasks)
-            rows.append(_difference(average.name, "average", mean_a, mean_b, np.asarray(mean_R), number, 0))
+            members = [one for one in found if one.name in tasks]
+            number, unlike = sum(one.num_queries for one in members), {what for one in members for what in one.unlike}
+            row = _difference(average.name, "average", mean_a, mean_b, np.asarray(mean_R), number, 0)
+            rows.append(replace(row, unlike=tuple(name for name in _ASKED.values() if name in unlike)))
     return rows
 
 

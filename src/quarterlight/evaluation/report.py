@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from quarterlight.evaluation.benchmark import BY_PICTURE, replace_file
+from quarterlight.evaluation.benchmark import BY_PICTURE, num_asked, replace_file
 from quarterlight.evaluation.page import Block, Heading, Paragraph, Plot, Points, Table, svg, to_html, to_markdown
 from quarterlight.evaluation.reference import Reference, per_dataset, references
 from quarterlight.evaluation.suites import Suite
@@ -94,7 +94,7 @@ def tasks_table(record: Mapping[str, Any]) -> Table:
                 one["name"],
                 one["group"] + (f", {one['in_distribution']}" if one["in_distribution"] else ""),
                 one["metric"],
-                _of(one["num_scored"], one["num_queries"]),
+                _of(one["num_scored"], num_asked(one)),
                 _of(one["num_scored_candidates"], one["num_candidates"]),
                 percent(one["score"]),
                 *([percent(one["reranked"])] if with_reranker else []),
@@ -181,11 +181,11 @@ def _of(scored: int, total: int) -> str:
 
 def _counted(record: Mapping[str, Any]) -> str:
     """How much of the benchmark the averages are over."""
-    scored, total = (sum(one[key] for one in record["tasks"]) for key in ("num_scored", "num_queries"))
+    scored, total = sum(one["num_scored"] for one in record["tasks"]), sum(map(num_asked, record["tasks"]))
     lines = [f"{_of(scored, total)} queries were scored, in {len(record['tasks'])} tasks."]
     left_out = sum(one["num_left_out"] for one in record["tasks"])
     if left_out:
-        lines.append(f"{left_out:,} more rows of the files could not be used.")
+        lines.append(f"{left_out:,} rows of the files could not be used.")
     missing = [one for one in record["averages"] if one["num_missing"]]
     if missing:
         names = ", ".join(f"{one['name']} ({one['num_missing']} of {one['num_tasks']} missing)" for one in missing)
@@ -251,7 +251,7 @@ def _made_with(record: Mapping[str, Any]) -> list[Block]:
         [
             one["name"],
             one["hub_id"] or _MISSING,
-            one["revision"] or f"unknown; rows {one['rows_sha256'][:12]}",
+            _revision(one),
             one["split"],
             ", ".join(map(str, one["max_tiles"])) or _MISSING,
             "; ".join(one["instructions"]["query"]) or "the model's own",
@@ -261,6 +261,14 @@ def _made_with(record: Mapping[str, Any]) -> list[Block]:
     ]
     columns = ["task", "data", "revision", "split", "tiles", "query instruction", "candidate instruction"]
     return [Heading("Data, tiles and instructions"), Table(columns=columns, rows=rows, left=len(columns))]
+
+
+def _revision(one: Mapping[str, Any]) -> str:
+    """The commit of a task's data, and of its pictures; what the suite pins to none may change under its name."""
+    said = one["revision"] or f"unknown; rows {one['rows_sha256'][:12]}"
+    if pictures := one.get("pictures_revision"):
+        said += f"; pictures {pictures}"
+    return said if one.get("pinned_revision") or not one["hub_id"] else f"{said} (unpinned)"
 
 
 def _averages_plot(suite: Suite, record: Mapping[str, Any]) -> list[Block]:

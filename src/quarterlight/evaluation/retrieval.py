@@ -5,7 +5,8 @@ Search is exact over the whole pool of a task, as in M-BEIR, or over the candida
 query's own picture stays in the pool where the data has put it there (composed retrieval lists it as a hard negative).
 A reranker orders the first candidates of the search anew; what stands behind them keeps its rank.
 
-With a folder for embeddings these outlive the run, and processes that a launcher started share the work.
+With a folder for embeddings these and what a reranker says of pairs outlive the run, and processes that a launcher
+started share the work.
 
 Q queries, K candidates that are reranked or kept.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as field_
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -24,6 +26,7 @@ import numpy.typing as npt
 
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import InputError
+from quarterlight.evaluation.pair_scores import PairScores
 from quarterlight.metrics.fusion import places
 from quarterlight.metrics.ranking import METRICS, First, Floats, Ranks, Ties, chance_ranks, measure, metric_named
 from quarterlight.metrics.search import Found, Wanted, search
@@ -57,6 +60,9 @@ class Reranker(Protocol):
 
     @property
     def settings(self) -> RerankerSettings: ...
+    @property
+    def model_hash(self) -> str:
+        """Hex, over everything that changes a score; asked for where scores are kept."""
 
     def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> npt.NDArray[np.float32]:
         """P(Yes) of pairs of a query and a candidate, float32 [N] in [0, 1]."""
@@ -105,6 +111,14 @@ class Official:
     trec_eval: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The number of a benchmark as another evaluator would see its task, and after the reranker if there is one."""
+
+    official: Official | None
+    reranked: Official | None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ranking:
     """What was found for each query that could be scored: Q rows of each.
@@ -134,15 +148,17 @@ class TaskResult:
     num_queries, num_candidates: how many the task has; less those in ``problems``, so many are scored.
     problems: everything that was left out: unreadable pictures, queries none of whose positives can be read, and rows
         that were left out when the files were read, of which there are ``num_left_out``.
+    num_lost_queries: queries of the benchmark that were lost with these rows, and are not among ``num_queries``.
     revision: of the data, where it is known.
     instructions: what the queries were embedded with, when not with the default of the model.
     groups: fields in the order asked for, values by falling number of queries.
     num_embedded, seconds: distinct items that were new to the embedder, and how long they took.
     reranked: the scores of the same queries after the reranker; ``None`` without one.
     num_reranked: candidates of each query that it was given.
-    num_pairs, rerank_seconds: distinct pairs that it scored, and how long that took.
+    num_pairs, rerank_seconds: distinct pairs that were new to it, and how long they took.
     official, official_reranked: the number of the benchmark, when a metric was named.  Queries of which the reranker
         gave a score that is no number stay in the order of the search, and are among the problems.
+    readings: the number in other readings, by name.
     ranking, ranking_reranked: query by query; not part of :meth:`to_json`.
     """
 
@@ -166,8 +182,15 @@ class TaskResult:
     official_reranked: Official | None = None
     revision: str | None = None
     num_left_out: int = 0
+    num_lost_queries: int = 0
+    readings: Mapping[str, Reading] = field_(default_factory=dict)
     ranking: Ranking | None = field_(default=None, repr=False, compare=False)
     ranking_reranked: Ranking | None = field_(default=None, repr=False, compare=False)
+
+    @property
+    def num_asked(self) -> int:
+        """Queries of the benchmark, those that were lost included: what "N of M were scored" must be of."""
+        return self.num_queries + self.num_lost_queries
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
@@ -189,8 +212,8 @@ class RetrievalEvaluator:
     fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
         reranker's setting for the task.
     on_rerank: called with how many queries of a task are reranked, and how many there are.
-    embeddings: folder where embeddings are kept, by model, role and content, and looked for first; runs may share it.
-        Needed under a launcher, whose processes must see the same folder.
+    embeddings: folder where embeddings are kept, by model, role and content, and what the reranker says of pairs, and
+        looked for first; runs may share it.  Needed under a launcher, whose processes must see the same folder.
     depth: how many of the first candidates of each query the result keeps.
     Raises InputError when there are none to rerank, or the weight is outside [0, 1].
     """
@@ -224,6 +247,7 @@ class RetrievalEvaluator:
         self._shared = embeddings is not None
         self._query_vectors: _Vectors | _StoredVectors
         self._candidate_vectors: _Vectors | _StoredVectors
+        self._kept_pairs: PairScores | None = None
         if embeddings is None:
             self._query_vectors = _Vectors(embedder.encode_query)
             self._candidate_vectors = _Vectors(embedder.encode_document)
@@ -231,13 +255,25 @@ class RetrievalEvaluator:
             store = _Store(embedder, embeddings)
             self._query_vectors = _StoredVectors(store, "query")
             self._candidate_vectors = _StoredVectors(store, "document")
+            if reranker is not None:
+                self._kept_pairs = PairScores(
+                    reranker.predict, folder=embeddings / reranker.model_hash / "pairs", key=store.key
+                )
 
     def evaluate(
-        self, task: RetrievalTask, *, metric: str | None = None, ties: Ties = "expected", also: Sequence[str] = ()
+        self,
+        task: RetrievalTask,
+        *,
+        metric: str | None = None,
+        ties: Ties = "expected",
+        also: Sequence[str] = (),
+        readings: Mapping[str, Callable[[RetrievalTask], RetrievalTask | None]] = MappingProxyType({}),
     ) -> TaskResult:
         """Embeds what is new, ranks each query's positives among all candidates, and averages; so again if reranked.
 
         metric, ties: what the benchmark of the task prints, and how its evaluator breaks ties.  also: more metrics.
+        readings: name -> what makes the task that another evaluator sees, of the same queries and some of the same
+        candidates, or ``None`` where it sees no other; nothing is embedded, and no pair scored, again for these.
         Raises InputError for the name of a metric that is unknown, and for an id that occurs twice.
         """
         names = tuple(dict.fromkeys((*METRICS, *([metric] if metric else ()), *also)))
@@ -251,26 +287,18 @@ class RetrievalEvaluator:
         seconds = time.monotonic() - started
 
         pool = self._rankable(task)
-        plain = reranked = _Scored.nothing(metric, ties)
-        reranking = _Reranking()
-        if pool.queries:
-            query_QD = self._query_vectors.of(query.item for query in pool.queries)
-            readable = [candidate.item for candidate in task.candidates if candidate.did in pool.column]
-            candidate_CD = self._candidate_vectors.of(readable)
-            depth = max(self.depth, self.rerank if self.reranker is not None else 0, _depth_of(metric))
-            found = self._search(query_QD, candidate_CD, pool, depth, None)
-            plain = _Scored.of(found, pool, names, metric, ties, self.depth)
-            if self.reranker is not None:
-                items = [query.item for query in pool.queries]
-                weight = self.fusion_weight
-                if weight is None:
-                    weight = self.reranker.settings.weight_of(task.task, task.dataset)
-                first = slice(0, self.rerank)
-                reranking = self._rerank(
-                    self.reranker, weight, items, readable, found.column_QK[:, first], found.score_QK[:, first]
-                )
-                again = self._search(query_QD, candidate_CD, pool, depth, reranking.first)
-                reranked = _Scored.of(again, pool, names, metric, ties, self.depth)
+        candidate_CD = self._vectors_of_candidates(task, pool)
+        pairs = None
+        if self.reranker is not None:
+            pairs = self._kept_pairs or PairScores(self.reranker.predict)
+        plain, reranked, reranking = self._judge(task, pool, candidate_CD, pairs, names, metric, ties)
+        others: dict[str, Reading] = {}
+        for name, read in readings.items():
+            if (other := read(task)) is not None:
+                part = self._rankable(other)
+                columns = [pool.column[did] for did in part.column]
+                before, after, _ = self._judge(other, part, candidate_CD[columns], pairs, names, metric, ties)
+                others[name] = Reading(official=before.official, reranked=after.official if pairs else None)
         rows = np.arange(len(pool.queries))
         with_reranker = self.reranker is not None
         return TaskResult(
@@ -302,9 +330,47 @@ class RetrievalEvaluator:
             official_reranked=reranked.official if with_reranker else None,
             revision=task.revision,
             num_left_out=len(task.problems),
+            num_lost_queries=task.num_lost_queries,
+            readings=others,
             ranking=plain.ranking,
             ranking_reranked=reranked.ranking if with_reranker else None,
         )
+
+    def _vectors_of_candidates(self, task: RetrievalTask, pool: _Pool) -> npt.NDArray[np.float32]:
+        """The vectors of the candidates that have one, in the order of their columns."""
+        if not pool.column:
+            return np.empty((len(pool.column), 0), np.float32)
+        return self._candidate_vectors.of(one.item for one in task.candidates if one.did in pool.column)
+
+    def _judge(
+        self,
+        task: RetrievalTask,
+        pool: _Pool,
+        candidate_CD: npt.NDArray[np.float32],
+        pairs: PairScores | None,
+        names: Sequence[str],
+        metric: str | None,
+        ties: Ties,
+    ) -> tuple[_Scored, _Scored, _Reranking]:
+        """The search in numbers, then with its first candidates reranked."""
+        if not pool.queries:
+            nothing = _Scored.nothing(metric, ties)
+            return nothing, nothing, _Reranking()
+        query_QD = self._query_vectors.of(query.item for query in pool.queries)
+        depth = max(self.depth, self.rerank if self.reranker is not None else 0, _depth_of(metric))
+        found = self._search(query_QD, candidate_CD, pool, depth, None)
+        plain = _Scored.of(found, pool, names, metric, ties, self.depth)
+        if self.reranker is None or pairs is None:
+            return plain, plain, _Reranking()
+        weight = self.fusion_weight
+        if weight is None:
+            weight = self.reranker.settings.weight_of(task.task, task.dataset)
+        items = [query.item for query in pool.queries]
+        readable = [candidate.item for candidate in task.candidates if candidate.did in pool.column]
+        first = slice(0, self.rerank)
+        reranking = self._rerank(pairs, weight, items, readable, found.column_QK[:, first], found.score_QK[:, first])
+        again = self._search(query_QD, candidate_CD, pool, depth, reranking.first)
+        return plain, _Scored.of(again, pool, names, metric, ties, self.depth), reranking
 
     def _search(
         self,
@@ -352,7 +418,7 @@ class RetrievalEvaluator:
 
     def _rerank(
         self,
-        reranker: Reranker,
+        pair_scores: PairScores,
         weight: float,
         queries: Sequence[Item],
         candidates: Sequence[Item],
@@ -365,14 +431,13 @@ class RetrievalEvaluator:
         place_BK = np.zeros((len(own), column_QK.shape[1]), np.int64)
         num_pairs = 0
         not_numbers: list[int] = []
+        pair_scores.find()
         self.on_rerank(0, len(own))
         for start in range(own.start, own.stop, _QUERIES):
             rows = range(start, min(start + _QUERIES, own.stop))
             pairs = [(queries[row], candidates[column]) for row in rows for column in column_QK[row] if column >= 0]
-            # each distinct pair once, so that what is the same has the same score to the last bit
-            distinct = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-            score_N = reranker.predict(list(distinct))
-            scores = iter(score_N[[distinct[pair] for pair in pairs]])
+            score_N, num_new = pair_scores.of(pairs)
+            scores = iter(score_N)
             for row in rows:
                 has = column_QK[row] >= 0  # a query with a few candidates of its own has no more
                 score_K = np.array([next(scores) for _ in range(int(has.sum()))], np.float32)
@@ -380,7 +445,7 @@ class RetrievalEvaluator:
                     not_numbers.append(row)
                     score_K = np.zeros_like(score_K)
                 place_BK[row - own.start, has] = places(recall_QK[row, has], score_K, weight)
-            num_pairs += len(distinct)
+            num_pairs += num_new
             self.on_rerank(rows.stop - own.start, len(own))
         parts = self._gather([(place_BK, num_pairs, not_numbers)])
         return _Reranking(
@@ -443,11 +508,14 @@ class RetrievalEvaluator:
 
 
 def sample_queries(task: RetrievalTask, limit: int) -> RetrievalTask:
-    """The task with at most ``limit`` of its queries, always the same random sample, and all candidates."""
+    """The task with at most ``limit`` of its queries, always the same random sample, and all candidates.
+
+    Only what can be asked is drawn from, so that a sample has lost no queries.
+    """
     if limit >= len(task.queries):
         return task
     rows = np.random.default_rng(0).choice(len(task.queries), size=limit, replace=False)
-    return replace(task, queries=[task.queries[row] for row in sorted(rows.tolist())])
+    return replace(task, queries=[task.queries[row] for row in sorted(rows.tolist())], num_lost_queries=0)
 
 
 class _Reranking(NamedTuple):
@@ -607,6 +675,12 @@ class _Store:
 
         self.contents = Contents()
         self.embeddings = Embeddings(embedder, folder)  # type: ignore[arg-type]
+
+    def key(self, item: Item) -> bytes:
+        """Of an item that has a vector."""
+        key = self.contents.key(item)
+        assert key is not None
+        return key
 
 
 class _StoredVectors:

@@ -13,8 +13,9 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -80,6 +81,8 @@ class SuiteTask:
     """of items that have none of their own; ``None`` takes the paper's for the direction"""
     document_instruction: str | None = None
     """likewise; ``None`` keeps to the model's default for the modality"""
+    readings: tuple[str, ...] = ()
+    """of the official evaluator that are not followed: names in ``quarterlight.evaluation.benchmark.READINGS``"""
     hub_id: str | None = None
     """repository on the Hugging Face hub; ``None`` for what must be fetched by hand"""
     revision: str | None = None
@@ -159,15 +162,19 @@ def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = Non
     Raises DatasetError, with what to do, for data that is missing, offline, of another revision or breaks its layout.
     """
     folder = _download(task) if data is None else _local(task, data)
-    revision = _revision(folder)
+    revision = _revision(folder, task.files)
     if task.revision and revision and revision != task.revision and _is_pinned_repository(task, folder):
         raise DatasetError(
             f"{task.name}: {folder} is revision {revision} of {task.hub_id}, the suite is pinned to {task.revision}: "
             "fetch that one, or scores cannot be compared."
         )
     options = dict(task.options)
+    pictures_revision = None
     if archive := options.pop("pictures", None):
-        options["unpacked"] = str(_unpacked_pictures(task, folder, archive, offline=data is not None))
+        packed = _packed_pictures(task, folder, archive, offline=data is not None)
+        options["unpacked"] = str(folder if packed is None else _unpacked(packed))
+        if packed is not None:
+            pictures_revision = _revision(packed.parent) or _revision(folder, (archive.partition(":")[2],))
     source = Source(
         dataset=task.name,
         task=task.direction,
@@ -178,13 +185,14 @@ def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = Non
         pictures=pictures or _assets("pictures"),
         revision=revision,
     )
-    opened = LOADERS[task.loader](source)
+    opened = replace(LOADERS[task.loader](source), pictures_revision=pictures_revision)
     return with_instructions(opened, query=task.query_instruction, document=task.document_instruction)
 
 
 def _task(row: Mapping[str, str]) -> SuiteTask:
     entry = _entry(row)
-    query, document = (entry.instructions if entry else None) or (None, None)
+    _, document = (entry.instructions if entry else None) or (None, None)
+    query = next(iter(entry.query_instructions), None) if entry else None
     return SuiteTask(
         name=row["name"],
         loader=row["loader"],
@@ -199,6 +207,7 @@ def _task(row: Mapping[str, str]) -> SuiteTask:
         max_tiles=int(row["max_tiles"] or 1),
         query_instruction=row["query_instruction"] or query,
         document_instruction=row["document_instruction"] or document,
+        readings=_several(row["readings"]),
         hub_id=row["hub_id"] or None,
         revision=row["revision"] or None,
         files=_several(row["files"]),
@@ -268,16 +277,21 @@ def _snapshot(name: str, hub_id: str, revision: str | None, patterns: tuple[str,
     return Path(folder)
 
 
-def _revision(folder: Path) -> str | None:
-    """The commit of the files in a folder, as the hub's library notes it; ``None`` where it does not."""
+def _revision(folder: Path, patterns: Sequence[str] = ("*",)) -> str | None:
+    """The commit of the files in a folder that fit the patterns, as the hub's library notes it for each; all of them
+    where files are of several, ``None`` where nothing is noted.
+    """
     for part in (folder, *folder.absolute().parents):
         if part.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", part.name):
             return part.name
-    for note in sorted((folder / ".cache" / "huggingface" / "download").rglob("*.metadata")):
-        commit = note.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
-        if re.fullmatch(r"[0-9a-f]{40}", commit):
-            return commit
-    return None
+    notes = folder / ".cache" / "huggingface" / "download"
+    found = set()
+    for note in notes.rglob("*.metadata"):
+        name = note.relative_to(notes).as_posix().removesuffix(".metadata")
+        if any(fnmatch(name, pattern) for pattern in patterns or ("*",)):
+            commit = note.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
+            found |= {commit} if re.fullmatch(r"[0-9a-f]{40}", commit) else set()
+    return " and ".join(sorted(found)) or None
 
 
 def _is_pinned_repository(task: SuiteTask, folder: Path) -> bool:
@@ -292,17 +306,20 @@ def _assets(namespace: str) -> Path:
     return Path(cached_assets_path("quarterlight", namespace=namespace))
 
 
-def _unpacked_pictures(task: SuiteTask, folder: Path, archive: str, *, offline: bool) -> Path:
-    """The folder of an archive's pictures: unpacked by hand beside the tables, or by us in the cache of assets.
+def _packed_pictures(task: SuiteTask, folder: Path, archive: str, *, offline: bool) -> Path | None:
+    """An archive of pictures: beside the tables, or from the hub; ``None`` for what was unpacked there by hand.
 
     archive: repository and path, divided by a colon.
     """
     hub_id, _, path = archive.partition(":")
     packed = folder / path
-    if not packed.is_file():
-        if offline:
-            return folder
-        packed = _snapshot(task.name, hub_id, None, (path,)) / path
+    if packed.is_file():
+        return packed
+    return None if offline else _snapshot(task.name, hub_id, None, (path,)) / path
+
+
+def _unpacked(packed: Path) -> Path:
+    """The folder in the cache of assets with the files of an archive."""
     real = packed.resolve()
     key = hashlib.sha256(f"{real} {real.stat().st_size} {real.stat().st_mtime_ns}".encode()).hexdigest()[:16]
     target = _assets("archives") / key

@@ -51,17 +51,17 @@ def load(source: Source) -> RetrievalTask:
             relevant = {did: grade for did, grade in judged.items() if did in builder.candidates}
             if len(relevant) < len(judged):
                 missing = next(did for did in judged if did not in relevant)
-                builder.leave_out(qid, f"{place}: its relevant page {missing!r} is not in the corpus")
+                builder.lost_query(qid, f"{place}: its relevant page {missing!r} is not in the corpus")
                 continue
             try:
                 item = builder.item(place.text(row, _column(place, row, "query", "text")))
             except DatasetError as error:
-                builder.leave_out(qid, f"{place}: {error}")
+                builder.lost_query(qid, f"{place}: {error}")
                 continue
             fields = {key: value for key, value in row.items() if key in ("language", "doc_type", "source_type")}
             builder.query(place, qid, item, tuple(relevant), grades=relevant, fields=fields)
     for qid in grades:
-        builder.leave_out(qid, f"{folder}: qrels judge a query that is not among the queries")
+        builder.lost_query(qid, f"{folder}: qrels judge a query that is not among the queries")
     return builder.build()
 
 

@@ -27,6 +27,7 @@ class TaskBuilder:
         self.source = source
         self.candidates: dict[str, Candidate] = {} if pool is None else pool
         self.problems: list[Problem] = list(problems)
+        self.num_lost_queries = 0
         self._queries: dict[str, Query] = {}
         self._by_content: dict[tuple[str | None, object], str] = {}
 
@@ -74,7 +75,7 @@ class TaskBuilder:
         if qid in self._queries:
             place.fail(f"the query id {qid!r} occurs a second time")
         if not positives:
-            self.leave_out(qid, f"{place}: the query has no positive candidate")
+            self.lost_query(qid, f"{place}: the query has no positive candidate")
             return
         self._queries[qid] = Query(
             qid=qid,
@@ -91,6 +92,11 @@ class TaskBuilder:
         """Lists a row that cannot be used, by id or by place, and why."""
         self.problems.append(Problem(name, reason.rstrip(".")))
 
+    def lost_query(self, name: str, reason: str, number: int = 1) -> None:
+        """Lists a row that cannot be used, and counts the queries that the benchmark loses with it."""
+        self.leave_out(name, reason)
+        self.num_lost_queries += number
+
     def build(self) -> RetrievalTask:
         """The task.  Raises DatasetError, with the first problem, when it has no query that can be used."""
         source = self.source
@@ -105,6 +111,7 @@ class TaskBuilder:
             candidates=list(self.candidates.values()),
             revision=source.revision,
             problems=tuple(self.problems),
+            num_lost_queries=self.num_lost_queries,
         )
 
 

@@ -59,7 +59,9 @@ def load(source: Source) -> RetrievalTask:
         try:
             image = builder.item("", row.find())
         except DatasetError as error:
-            builder.leave_out(f"image-{number}", f"{row.place}: {error}")
+            # with its picture every caption is lost, or the picture's one question
+            lost = len(row.captions) if source.task == "t2i" else 1
+            builder.lost_query(f"image-{number}", f"{row.place}: {error}", lost)
             continue
         texts = []
         for index, caption in enumerate(row.captions):
@@ -67,7 +69,8 @@ def load(source: Source) -> RetrievalTask:
             if caption.strip():
                 texts.append((name, builder.item(caption.strip())))
             else:
-                builder.leave_out(name, f"{row.place}: the caption is empty")
+                lost = int(source.task == "t2i")
+                builder.lost_query(name, f"{row.place}: the caption is empty", lost)
         if source.task == "t2i":
             builder.candidate(row.place, f"image-{number}", image)
             for name, item in texts:

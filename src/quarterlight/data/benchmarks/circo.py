@@ -46,7 +46,7 @@ def load(source: Source) -> RetrievalTask:
     for place, row in read_rows(folder / f"{source.split}.json", columns):
         qid, reference = str(row["id"]), str(row["reference_img_id"])
         if reference not in builder.candidates:
-            builder.leave_out(qid, f"{place}: its picture {reference!r} is not in the pool")
+            builder.lost_query(qid, f"{place}: its picture {reference!r} is not in the pool")
             continue
         item = builder.item(place.text(row, "relative_caption"), *builder.candidates[reference].item.images)
         truth = place.ids(row, "gt_img_ids") or ([str(row["target_img_id"])] if "target_img_id" in row else [])

@@ -46,7 +46,7 @@ def load(source: Source) -> RetrievalTask:
         try:
             pictures = [gallery.find(f"{name}.jpg") for name, _ in turns]
         except DatasetError as error:
-            builder.leave_out(qid, f"{place}: {error}")
+            builder.lost_query(qid, f"{place}: {error}")
             continue
         item = builder.item("\n".join(text for _, text in turns if text), *pictures)
         builder.query(place, qid, item, [target] if target in builder.candidates else [])

@@ -47,7 +47,7 @@ def load(source: Source) -> RetrievalTask:
         except DatasetError as error:
             if str(error).startswith(str(place)):
                 raise
-            builder.leave_out(qid, f"{place}: {error}")
+            builder.lost_query(qid, f"{place}: {error}")
             continue
         builder.query(place, qid, item, dids[:1], candidates=dids)
     return builder.build()

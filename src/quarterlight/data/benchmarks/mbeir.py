@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from quarterlight.data.benchmarks.builder import TaskBuilder
 from quarterlight.data.benchmarks.gallery import Gallery
 from quarterlight.data.benchmarks.source import Source
 from quarterlight.data.benchmarks.tables import Place, Row, read_rows
-from quarterlight.data.registry import resource_rows
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError
 from quarterlight.records import Candidate, ImageSource, Problem
@@ -75,23 +75,26 @@ def _load(source: Source) -> RetrievalTask:
     if name not in DATASETS or number not in TASKS:
         raise DatasetError(f"M-BEIR has no set {name!r} with a task {number}.")
     folder, kind = source.folder, source.option("pool", "local")
-    rows = list(_queries(folder, name, number, split))
+    asked, is_shared = _query_file(folder, name, number, split)
+    rows = list(_queries(asked, number, is_shared=is_shared))
     qrels = _qrels(folder / "qrels" / split / f"mbeir_{name}_task{number}_{split}_qrels.txt")
     positives = {place.text(row, "qid"): _positives(place, row, qrels, split, name) for place, row in rows}
     pool_file = _pool_file(folder, name, number, split, kind)
     if kind == "used":
         named = {did for dids in positives.values() for did in dids}
         named |= {did for place, row in rows for did in place.ids(row, "neg_cand_list")}
-        pool, problems = _read_pool(pool_file, folder, source.max_tiles, frozenset(named))
+        pool, problems, declared = _read_pool(pool_file, folder, source.max_tiles, frozenset(named))
     else:
-        pool, problems = _pool(pool_file, folder, source.max_tiles, pool_file.stat().st_mtime_ns)
+        pool, problems, declared = _pool(pool_file, folder, source.max_tiles, pool_file.stat().st_mtime_ns)
     builder = TaskBuilder(source, pool=pool, problems=problems)
     gallery = Gallery([folder])
     for place, row in rows:
         qid = place.text(row, "qid")
         found = [did for did in positives[qid] if did in pool]
-        if found and all(pool[did].item.modality != TASKS[number][1] for did in found) and "task_id" not in row:
-            continue  # a row of the other task of a training file
+        if is_shared and row.get("task_id") is None and found:
+            kinds = {declared.get(did, pool[did].item.modality) for did in found}
+            if TASKS[number][1] not in kinds:
+                continue  # a row of the other task of the file
         for did in positives[qid]:
             if did not in pool:
                 builder.leave_out(did, f"{place}: this positive of {qid!r} is not in {pool_file.name}")
@@ -99,27 +102,11 @@ def _load(source: Source) -> RetrievalTask:
             path = place.text(row, "query_img_path")
             item = builder.item(place.text(row, "query_txt"), *([_find(gallery, path)] if path else []))
         except DatasetError as error:
-            builder.leave_out(qid, f"{place}: {error}")
+            builder.lost_query(qid, f"{place}: {error}")
             continue
         negatives = [did for did in place.ids(row, "neg_cand_list") if did in pool and did not in found]
         builder.query(place, qid, item, found, negatives=negatives)
     return builder.build()
-
-
-def instruction(dataset: str, number: int, prompt: int = 1) -> str | None:
-    """The query instruction that M-BEIR gives a task: the first of four, of which its evaluators draw one at random.
-
-    dataset: id or name.  ``None`` where no source has it.
-
-    >>> instruction("cirr", 7)
-    'Retrieve a day-to-day image that aligns with the modification instructions of the provided image.'
-    """
-    for row in resource_rows("mbeir_instructions.csv"):
-        same = dataset.lower() in (row["dataset_id"], row["dataset_name"].lower())
-        if same and row["task_id"] == str(number):
-            found = row[f"prompt_{prompt}"]
-            return None if found == "unknown" else found
-    return None
 
 
 def modality(value: str) -> str:
@@ -146,12 +133,16 @@ def _find(gallery: Gallery, path: str) -> ImageSource:
     return gallery.find(path)
 
 
-def _queries(folder: Path, name: str, number: int, split: str) -> Iterator[tuple[Place, Row]]:
-    """The rows of a task; of a file that holds two, those that are or may be of this one."""
+def _query_file(folder: Path, name: str, number: int, split: str) -> tuple[Path, bool]:
+    """The file of a task's queries, and whether it is one of training, which may hold those of another task too."""
     own = folder / "query" / split / f"mbeir_{name}_task{number}_{split}.jsonl"
-    path = own if own.is_file() else folder / "query" / split / f"mbeir_{name}_{split}.jsonl"
+    return (own, False) if own.is_file() else (own.with_name(f"mbeir_{name}_{split}.jsonl"), True)
+
+
+def _queries(path: Path, number: int, *, is_shared: bool) -> Iterator[tuple[Place, Row]]:
+    """The rows of a task; of a file that holds two, those that are or may be of this one."""
     for place, row in read_rows(path, _QUERY):
-        if path != own:
+        if is_shared:
             if row.get("task_id") is not None and int(row["task_id"]) != number:
                 continue
             if row.get("query_modality") and modality(row["query_modality"]) != TASKS[number][0]:
@@ -200,18 +191,27 @@ def _pool_file(folder: Path, name: str, number: int, split: str, kind: str) -> P
     raise DatasetError(f"{folder} has no pool {' or '.join(str(path.relative_to(folder)) for path in paths)}.")
 
 
+class _Pool(NamedTuple):
+    """candidates: by id.  problems: rows that cannot be used.  declared: what rows say they are made of, of those alone
+    that are not: a picture with an empty text is declared ``image,text``.
+    """
+
+    candidates: dict[str, Candidate]
+    problems: tuple[Problem, ...]
+    declared: dict[str, str]
+
+
 @lru_cache(maxsize=1)
-def _pool(path: Path, folder: Path, max_tiles: int, mtime_ns: int) -> tuple[dict[str, Candidate], tuple[Problem, ...]]:
+def _pool(path: Path, folder: Path, max_tiles: int, mtime_ns: int) -> _Pool:
     """A whole pool, kept because the union of 5.6 million is the same for 16 tasks."""
     return _read_pool(path, folder, max_tiles, None)
 
 
-def _read_pool(
-    path: Path, folder: Path, max_tiles: int, named: frozenset[str] | None
-) -> tuple[dict[str, Candidate], tuple[Problem, ...]]:
-    """The candidates of a pool by id, and those that cannot be used.  named: the only ones that are wanted."""
+def _read_pool(path: Path, folder: Path, max_tiles: int, named: frozenset[str] | None) -> _Pool:
+    """A pool.  named: the only candidates that are wanted."""
     source = Source(dataset=path.name, task="", split="", folder=folder, max_tiles=max_tiles)
     builder, gallery = TaskBuilder(source), Gallery([folder])
+    declared: dict[str, str] = {}
     for place, row in read_rows(path, _CANDIDATE):
         did = place.text(row, "did")
         if named is not None and did not in named:
@@ -223,4 +223,6 @@ def _read_pool(
             builder.leave_out(did, f"{place}: {error}")
             continue
         builder.candidate(place, did, item)
-    return builder.candidates, tuple(builder.problems)
+        if row.get("modality") and (kind := modality(str(row["modality"]))) != item.modality:
+            declared[did] = kind
+    return _Pool(builder.candidates, tuple(builder.problems), declared)

@@ -75,7 +75,7 @@ def choices(
                 item = builder.item(query_text(place.text(row, "qry_text")), *_picture(place, row, gallery))
                 dids = [target(text, path) for text, path in zip(texts, paths, strict=True)]
             except DatasetError as error:
-                builder.leave_out(str(number), f"{place}: {error}")
+                builder.lost_query(str(number), f"{place}: {error}")
                 continue
             builder.query(place, str(number), item, dids[:1], candidates=dids)
     return builder.build()

@@ -75,6 +75,8 @@ def _ccneg(path: Path, number: int, picture: Any, annotation: Any) -> tuple[Plac
     place = Place(path, number + 1)
     try:
         caption, negated = annotation["json"]["caption"], annotation["sop_data"]["negative-prompt"]
+        if not isinstance(caption, str):
+            raise TypeError(f"the caption is {type(caption).__name__}")
         return place, str(number), str(picture).removeprefix(_CCNEG_ROOT), caption, negated.replace(",", "")
     except (KeyError, TypeError, AttributeError) as error:
         place.fail(f"expected json.caption and sop_data.negative-prompt, got {annotation!r:.60} ({error})")
@@ -87,10 +89,10 @@ def _load(source: Source, rows: Iterable[tuple[Place, str, str, str, str]], gall
             image = builder.item("", gallery.find(path))
             right, wrong = builder.share(builder.item(caption.strip())), builder.share(builder.item(negative.strip()))
         except DatasetError as error:
-            builder.leave_out(qid, f"{place}: {error}")
+            builder.lost_query(qid, f"{place}: {error}")
             continue
         if right == wrong:
-            builder.leave_out(qid, f"{place}: both captions are the same")
+            builder.lost_query(qid, f"{place}: both captions are the same")
             continue
         builder.query(place, qid, image, [right], candidates=[right, wrong])
     return builder.build()

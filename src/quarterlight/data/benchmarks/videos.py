@@ -7,13 +7,17 @@
               YouTubeClips/<name>.avi
               every caption of a video is a query
 
-Frames are decoded once, evenly over the video, and kept as JPEG files beside the other pictures of tables.  Needs PyAV:
+Frames are decoded once, evenly over the video, and kept as JPEG files beside the other pictures of tables, with a list
+of them for each video, by its path, size and time of change, and the number of frames.  Needs PyAV:
 ``pip install quarterlight[video]``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import os
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -116,8 +120,27 @@ def _frames(
         for ending in endings:
             path = folder / f"{name}{ending}"
             if path.is_file():
-                return [source.keep(frame) for frame in sample_frames(path, count)]
+                return _kept_frames(source, path, count)
     raise DatasetError(f"the video {name}{endings[0]} is not in {', '.join(map(str, folders))}")
+
+
+def _kept_frames(source: Source, path: Path, count: int) -> list[ImageSource]:
+    """The frames of a video; where pictures are kept as files, those of an unchanged video without decoding it."""
+    if source.pictures is None:
+        return [source.keep(frame) for frame in sample_frames(path, count)]
+    stat = path.stat()
+    video = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {count}"
+    listed = source.pictures / "frames" / f"{hashlib.sha256(video.encode()).hexdigest()}.json"
+    if listed.is_file():
+        frames = [str(source.pictures / name) for name in read_json(listed)]
+        if all(map(os.path.exists, frames)):
+            return list(frames)
+    kept = [source.keep(frame) for frame in sample_frames(path, count)]
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    draft = listed.with_name(f".{listed.name}.{os.getpid()}")
+    draft.write_text(json.dumps([os.path.relpath(str(one), source.pictures) for one in kept]), encoding="utf-8")
+    draft.replace(listed)
+    return kept
 
 
 def _msvd_captions(root: Path, name: str) -> dict[str, list[str]]:
@@ -130,14 +153,19 @@ def _msvd_captions(root: Path, name: str) -> dict[str, list[str]]:
         try:
             with path.open("rb") as stream:
                 saved = _Plain(stream).load()
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-            raise DatasetError(f"{path} must be a pickled dictionary of captions ({error}).") from error
+        except Exception as error:  # pickles fail in as many ways as there are bytes
+            raise DatasetError(f"{path} must be a pickled dictionary of captions ({error!r:.200}).") from error
     if not isinstance(saved, dict):
         raise DatasetError(f"{path} must be a dictionary of captions by video, got {type(saved).__name__}.")
-    return {
-        str(video): [caption if isinstance(caption, str) else " ".join(caption) for caption in several]
-        for video, several in saved.items()
-    }
+    try:
+        return {
+            str(video): [caption if isinstance(caption, str) else " ".join(caption) for caption in several]
+            for video, several in saved.items()
+        }
+    except TypeError as error:
+        raise DatasetError(
+            f"{path} must have lists of captions, strings or lists of words, by video ({error})."
+        ) from error
 
 
 class _Plain(pickle.Unpickler):

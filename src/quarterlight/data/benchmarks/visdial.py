@@ -41,7 +41,7 @@ def load(source: Source) -> RetrievalTask:
         try:
             did = builder.share(builder.item("", gallery.find(f"VisualDialog_val2018_{name}.jpg")))
         except DatasetError as error:
-            builder.leave_out(name, f"{place}: {error}")
+            builder.lost_query(name, f"{place}: {error}")
             continue
         builder.query(place, name, builder.item(text), [did])
     return builder.build()

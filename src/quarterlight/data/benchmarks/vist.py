@@ -50,8 +50,11 @@ def load(source: Source) -> RetrievalTask:
     for story, told in stories.items():
         place, answer, _ = told[-1]
         shown = [name for _, name, _ in told[:-1]]
-        if not shown or any(name not in pictures for _, name, _ in told) or answer in shown:
-            builder.leave_out(story, f"{place}: the story shows too little, a missing picture, or its answer")
+        if not shown or answer in shown:
+            builder.leave_out(story, f"{place}: the story shows too little, or its answer")
+            continue
+        if lost := [name for _, name, _ in told if name not in pictures]:
+            builder.lost_query(story, f"{place}: the story shows the picture {lost[0]!r}, which is missing")
             continue
         item = builder.item(" ".join(text for _, _, text in told), *(pictures[name] for name in shown))
         builder.query(place, story, item, [answer], excluded=shown)
