@@ -179,6 +179,21 @@ def test_lists_of_items(tmp_path: Path, catalogue: Path) -> None:
     assert [one["reason"] for one in written] == [problem.reason for problem in report.problems]
 
 
+def test_pictures_change_behind_an_unchanged_list(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", "red")
+    path = tmp_path / "list.jsonl"
+    lines = [{"id": "a", "image": "a.png"}, {"id": "b", "image": ["b.png", "a.png"]}, {"id": "c", "image": "\0"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert len(run([path], tmp_path / "out").problems) == 2
+    assert run([path], tmp_path / "out", encoder := FakeEncoder()).num_embedded == encoder.num_encoded == 0
+    write_image(tmp_path / "b.png", "blue")
+    write_image(tmp_path / "a.png", "green", (50, 30))
+    report = run([path], tmp_path / "out", encoder)
+    assert encoder.num_encoded == report.num_rows == 2 and "id c" in report.problems[0].reason
+    run([path], tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_items_of_a_list_are_found(tmp_path: Path, catalogue: Path) -> None:
     run([catalogue], tmp_path / "out")
     store = IndexStore.create(tmp_path / "store", identity_of(FakeEncoder()))

@@ -300,7 +300,7 @@ def _pieces(
     seen: set[bytes] = set()
     for path in dict.fromkeys(lists):
         file = FoundFile(path, "items", *_size_and_time(path))
-        pieces += [Piece(file, lines.key, lines) for lines in split_list(path, config.items_per_shard, seen)]
+        pieces += [Piece(file, lines.key, lines) for lines in split_list(path, seen)]
     return pieces
 
 
