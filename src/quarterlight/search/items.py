@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from quarterlight.errors import InputError, did_you_mean
 from quarterlight.images import content_hash, describe, image_size, load_image
 from quarterlight.index import Row
-from quarterlight.index.rows import uri_of
+from quarterlight.index.rows import uri_of, uri_of_item
 from quarterlight.records import Item
 from quarterlight.search.documents import IMAGE_PIXELS, PAGE_PIXELS, clean, reason_of, thumbnail
 
@@ -32,7 +32,7 @@ _FIELDS = ("id", "text", "image", "instruction", "max_tiles")
 class Lines(NamedTuple):
     """Some lines of a list: the number of the first, from 1; where they begin in the file, and their size, in bytes;
     how many; the numbers of those whose id an earlier line has; and a hash of all this, of the lines themselves and of
-    the state of their pictures."""
+    the state of their pictures, behind the URI of the list."""
 
     first: int
     start: int
@@ -66,7 +66,7 @@ def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
         with Path(path).open("rb") as file:
             first, start = 1, 0
             while True:
-                digest = hashlib.blake2b(uri_of(path).encode(), digest_size=16)
+                digest = hashlib.blake2b(digest_size=16)
                 size = number = 0
                 repeated = []
                 while number < LINES_PER_PIECE and (line := file.readline()):
@@ -83,7 +83,7 @@ def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
                 if not number:
                     return
                 digest.update(f"{first} {repeated}".encode())
-                yield Lines(first, start, size, number, tuple(repeated), digest.hexdigest())
+                yield Lines(first, start, size, number, tuple(repeated), f"{uri_of(path)} {digest.hexdigest()}")
                 first, start = first + number, start + size
     except OSError as error:
         raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
@@ -163,7 +163,8 @@ def _read(path: str, id: str, item: Item) -> ListedItem:
     """Raises ImageError, naming the picture, for one that cannot be read."""
     text = clean(item.text or "")
     if not item.images:
-        file, row = path, Row(uri=uri_of(path, id), kind="text", part=0, size=0, mtime_ns=0, content_hash="")
+        file = path
+        row = Row(uri=uri_of_item(path, id, path), kind="text", part=0, size=0, mtime_ns=0, content_hash="")
         row = replace(row, size=len(text.encode()), content_hash=hashlib.sha256(text.encode()).hexdigest())
     else:
         files = [_file(path, str(one)) for one in item.images]
@@ -172,7 +173,7 @@ def _read(path: str, id: str, item: Item) -> ListedItem:
         pictures = [load_image(one, reduce_to=pixels) for one in files]
         width, height = image_size(file)
         row = Row(
-            uri=uri_of(file, id),
+            uri=uri_of_item(file, id, path),
             kind="image",
             part=0,
             size=Path(file).stat().st_size,
