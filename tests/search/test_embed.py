@@ -259,7 +259,8 @@ def test_pictures_change_behind_an_unchanged_list(tmp_path: Path) -> None:
     lines = [{"id": "a", "image": "a.png"}, {"id": "b", "image": ["b.png", "a.png"]}, {"id": "c", "image": "\0"}]
     path.write_text("\n".join(map(json.dumps, lines)))
     assert len(run([path], tmp_path / "out").problems) == 2
-    assert run([path], tmp_path / "out", encoder := FakeEncoder()).num_embedded == encoder.num_encoded == 0
+    encoder = FakeEncoder()
+    assert run([path], tmp_path / "out", encoder).num_embedded == encoder.num_encoded == 0
     write_image(tmp_path / "b.png", "blue")
     write_image(tmp_path / "a.png", "green", (50, 30))
     report = run([path], tmp_path / "out", encoder)

@@ -3,9 +3,9 @@
 A file is known by its ``file://`` URI, in which every byte outside of ``A-Za-z0-9_.~-/`` is written ``%XX``.  So names
 in any encoding or none, with quotes or line breaks, are kept to the byte, sort as plain ASCII and need no quoting.
 
-An item of a list, which has an id of its own, adds ``#``, its id, ``#`` and a hash of the list to the URI of its picture,
-or of the list if it has none: it stands for itself, not for the file, and does not go when the folder of the file is
-indexed again.  It goes when its list no longer has it, or has it with another picture.
+An item of a list, which has an id of its own, adds ``#``, its id, ``#`` and a hash of the list to the URI of its
+picture, or of the list if it has none: it stands for itself, not for the file, and does not go when the folder of the
+file is indexed again.  It goes when its list no longer has it, or has it with another picture.
 """
 
 from __future__ import annotations
