@@ -33,7 +33,7 @@ def test_precisions_and_real_vectors(tmp_path: Path) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     row = Row(uri="file:///a", kind="image", part=0, size=1, mtime_ns=1, content_hash="c")
     folder = ShardFolder.create(tmp_path / "shards", model)
-    folder.write("a", [row] * 160, vectors, ids=["x"] * 160, done=[], failed=[], problems=[])
+    folder.write("a", [row] * 160, vectors, ids=["x"] * 160, pieces=["a"] * 160, done=["a"], failed=[], problems=[])
     arguments = ["bench", "search", "--from", str(tmp_path / "shards"), "--queries", "5"]
     for precision in VECTOR_PRECISIONS:
         arguments += ["--precision", precision]

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine: workers die, and what comes out is what one process makes."""
+"""A Ray cluster on this machine: workers die, and what comes out is what one process makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,27 +45,21 @@ class Mortal(FakeEncoder):
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Any]:
-    """Two nodes of one CPU each."""
+def local() -> Iterator[None]:
+    """A cluster of two CPUs, which all tests share: most of their time goes into starting its processes."""
     import sys
 
-    from ray.cluster_utils import Cluster as Nodes
-
-    memory = 80 * 2**20
     ray.cloudpickle.register_pickle_by_value(fakes)  # the workers cannot import the tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory})
-    nodes.add_node(num_cpus=1, object_store_memory=memory)
-    ray.init(address=nodes.address, log_to_driver=False)
-    yield nodes
+    ray.init(address="local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
     ray.shutdown()
-    nodes.shutdown()
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
-    for number in range(12):
+    for number in range(6):
         write_image(folder / f"{number}.png", (10 * number, 200, 30))
     (folder / "fruit.pdf").write_bytes(pdf(["apples", None, "plums"]))
     (folder / "bad.png").write_bytes(b"no picture")
@@ -74,9 +67,9 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_killed_worker_loses_nothing(nodes: Any, corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_nothing(local: None, corpus: Path, tmp_path: Path) -> None:
     mark = tmp_path / "killed"
-    cluster = Cluster.connect("auto", functools.partial(Mortal, mark), num_workers=2)
+    cluster = Cluster.connect("auto", functools.partial(Mortal, mark), num_workers=1)
     identity = cluster.identity()
     assert identity == identity_of(FakeEncoder())
     inputs = [corpus, corpus / "list.jsonl"]
@@ -84,7 +77,7 @@ def test_a_killed_worker_loses_nothing(nodes: Any, corpus: Path, tmp_path: Path)
     assert mark.exists(), "a worker was killed at work"
     alone = embed(inputs, ShardFolder.create(tmp_path / "alone", identity), Local(FakeEncoder()), config=SMALL)
     assert content(tmp_path / "ray") == content(tmp_path / "alone")
-    assert len(content(tmp_path / "ray")) == report.num_rows == 16
+    assert len(content(tmp_path / "ray")) == report.num_rows == 10
     assert report.problems == alone.problems and len(report.problems) == 3
     names = [sorted(path.name for path in (tmp_path / one / "shards").iterdir()) for one in ("ray", "alone")]
     assert names[0] == names[1]
@@ -94,7 +87,7 @@ def broken() -> FakeEncoder:
     raise CheckpointError("There is no such model.")
 
 
-def test_what_goes_wrong(nodes: Any) -> None:
+def test_what_goes_wrong(local: None) -> None:
     with pytest.raises(CheckpointError, match="no such model"):
         Cluster(broken).identity()
     with pytest.raises(InputError, match="has 2 CPUs, which is too few for 3 workers"):

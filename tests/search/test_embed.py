@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,8 @@ def test_shards_make_the_index_that_index_makes(tmp_path: Path, corpus: Path, pr
 def test_a_run_that_is_started_again(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "out"
 
-    class Stopped(FakeEncoder):
-        def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
-            if self.num_encoded >= 4:
-                raise KeyboardInterrupt
-            return super().encode_document(items)
-
     with pytest.raises(KeyboardInterrupt):
-        run([corpus], out, Stopped())
+        run([corpus], out, Stopped(4))
     assert not list(out.glob("shards/*.part"))
     kept = content(out)
     assert 0 < len(kept) < 7
@@ -116,6 +111,85 @@ def test_changed_new_and_vanished_files(tmp_path: Path, corpus: Path) -> None:
     assert content(out) == content(tmp_path / "whole")
     assert encoder.num_encoded < report.num_rows == 8
     assert [Path(problem.path).name for problem in report.problems] == ["fruit.pdf"], "bad.png is mended"
+
+
+class Stopped(FakeEncoder):
+    """Is stopped by its user after so many items."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
+        if self.num_encoded >= self.after:
+            raise KeyboardInterrupt
+        return super().encode_document(items)
+
+
+def test_nothing_goes_before_its_replacement_is_there(tmp_path: Path) -> None:
+    folder, out = tmp_path / "corpus", tmp_path / "out"
+    for number in range(6):
+        write_image(folder / f"{number}.png", (40 * number, 0, 0))
+    run([folder], out, config=EmbedConfig(items_per_shard=3))
+    before = content(out)
+    write_image(folder / "0.png", "white", (50, 30))
+    write_image(folder / "3.png", "black", (50, 30))
+    with pytest.raises(KeyboardInterrupt):
+        run([folder], out, Stopped(0))
+    assert content(out) == before
+    run([folder], out, encoder := FakeEncoder(), config=EmbedConfig(items_per_shard=5))
+    assert encoder.num_encoded == 2, "the others are carried over, and another size of shards changes nothing"
+    assert len(list(out.glob("shards/*.parquet"))) == 2
+    run([folder], tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_stopped_run_leaves_two_states_of_which_the_later_is_loaded(tmp_path: Path, corpus: Path) -> None:
+    folder = ShardFolder.create(tmp_path / "out", identity_of(FakeEncoder()))
+    (corpus / "notes.md").write_text("# a\nA.\n# b\nB.\n# c\nC.\n")
+    run([corpus], folder.folder)
+    (corpus / "notes.md").write_text("# z\nZ.\n")
+    write_image(corpus / "z.png", "white")
+    with pytest.raises(KeyboardInterrupt):
+        run([corpus], folder.folder, Stopped(1), config=EmbedConfig(items_per_shard=1, num_readers=1))
+    assert len({info.written_ns for info in folder.shards()}) > 2
+    store = IndexStore.create(tmp_path / "store", folder.model)
+    load(folder, store)
+    found = {one["text"] for one in rows_of(store).values() if one["uri"].endswith("notes.md")}
+    assert found == {"Z."}
+
+
+def test_other_inputs_and_closed_folders_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, names = tmp_path / "out", ("a", "b/deep", "b/gone")
+    for name in names:
+        write_image(tmp_path / name / "x.png", "red")
+    (tmp_path / "a" / "bad.png").write_bytes(b"")
+    (tmp_path / "b" / "list.jsonl").write_text('{"id": 1, "text": "words"}')
+    run([tmp_path / "a"], out)
+    before = content(out)
+    run([tmp_path / "b"], out, encoder := FakeEncoder())
+    assert before.items() < content(out).items() and encoder.num_encoded == 2
+    report = run([tmp_path / "b" / "list.jsonl"], out, encoder)
+    assert (report.num_rows, report.problems, encoder.num_encoded) == (4, [], 3)
+    assert [Path(path).name for path, _ in ShardFolder.open(out).problems()] == ["bad.png"]
+
+    scandir = os.scandir
+
+    def closed(folder: str) -> Any:
+        if Path(folder).name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    (tmp_path / "b" / "gone" / "x.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", closed)
+        report = run([tmp_path / "b"], out, encoder)
+    assert [problem.reason for problem in report.problems] == ["cannot be opened: Permission denied"]
+    kept = {str(path_of(one["uri"]).relative_to(tmp_path)) for one in content(out).values()}
+    assert kept == {"a/x.png", "b/deep/x.png", "b/list.jsonl"}, "a list that is not named is no input"
+    (tmp_path / "b" / "list.jsonl").unlink()
+    report = run([tmp_path / "b"], out, encoder)
+    assert report.num_rows == 2 and encoder.num_encoded == 3
 
 
 def test_index_by_an_engine(tmp_path: Path, corpus: Path) -> None:
@@ -179,6 +253,22 @@ def test_lists_of_items(tmp_path: Path, catalogue: Path) -> None:
     assert [one["reason"] for one in written] == [problem.reason for problem in report.problems]
 
 
+def test_pictures_change_behind_an_unchanged_list(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", "red")
+    path = tmp_path / "list.jsonl"
+    lines = [{"id": "a", "image": "a.png"}, {"id": "b", "image": ["b.png", "a.png"]}, {"id": "c", "image": "\0"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert len(run([path], tmp_path / "out").problems) == 2
+    encoder = FakeEncoder()
+    assert run([path], tmp_path / "out", encoder).num_embedded == encoder.num_encoded == 0
+    write_image(tmp_path / "b.png", "blue")
+    write_image(tmp_path / "a.png", "green", (50, 30))
+    report = run([path], tmp_path / "out", encoder)
+    assert encoder.num_encoded == report.num_rows == 2 and "id c" in report.problems[0].reason
+    run([path], tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_items_of_a_list_are_found(tmp_path: Path, catalogue: Path) -> None:
     run([catalogue], tmp_path / "out")
     store = IndexStore.create(tmp_path / "store", identity_of(FakeEncoder()))
@@ -196,6 +286,34 @@ def test_items_of_a_list_are_found(tmp_path: Path, catalogue: Path) -> None:
     (catalogue.parent / "red.png").unlink()
     ingest([catalogue.parent], store, FakeEncoder())
     assert store.count() == 5
+
+
+def test_items_that_move_and_go(tmp_path: Path) -> None:
+    shards, lists = tmp_path / "out", [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    write_image(tmp_path / "a.png", "red")
+    write_image(tmp_path / "b.png", "blue")
+    lists[0].write_text('{"id": "shoe", "image": "a.png"}\n{"id": "hat", "text": "a hat"}\n')
+    lists[1].write_text('{"id": "sock", "image": "a.png"}\n')
+    store = IndexStore.create(tmp_path / "store", identity_of(FakeEncoder()))
+
+    def loaded() -> dict[str, str]:
+        load(ShardFolder.open(shards), store)
+        return {one["title"]: path_of(one["uri"]).name for one in rows_of(store).values()}
+
+    run(lists, shards)
+    assert loaded() == {"shoe": "a.png", "hat": "one.jsonl", "sock": "a.png"} and store.count() == 3
+    lists[0].write_text('{"id": "shoe", "image": "b.png"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        run([lists[0]], shards, Stopped(0))
+    assert store.count() == 3 and len(loaded()) == 3
+    run([lists[0]], shards)
+    assert loaded() == {"shoe": "b.png", "sock": "a.png"} and store.count() == 2
+    run([lists[0]], tmp_path / "other")
+    load(ShardFolder.open(tmp_path / "other"), store)
+    assert store.count() == 2, "the other shards know nothing of the second list"
+    lists[1].write_text("")
+    run(lists, shards)
+    assert loaded() == {"shoe": "b.png"}
 
 
 def test_other_model_and_precision(tmp_path: Path, corpus: Path) -> None:

@@ -124,8 +124,9 @@ def _load(
     else:
         _print_problems(report.problems)
         if not quiet:
+            gone = f"; {report.num_deleted:,} items are no longer in their lists" if report.num_deleted else ""
             console.err.print(
-                f"Loaded: {report.num_loaded:,} rows of {report.num_shards:,} shards.\n{_index(target, report)}",
+                f"Loaded: {report.num_loaded:,} rows of {report.num_shards:,} shards{gone}.\n{_index(target, report)}",
                 markup=False,
                 soft_wrap=True,
             )

@@ -3,8 +3,9 @@
 A file is known by its ``file://`` URI, in which every byte outside of ``A-Za-z0-9_.~-/`` is written ``%XX``.  So names
 in any encoding or none, with quotes or line breaks, are kept to the byte, sort as plain ASCII and need no quoting.
 
-An item of a list, which has an id of its own, adds ``#`` and its id to the URI of its picture, or of the list if it has
-none: it stands for itself, not for the file, and does not go when the folder of the file is indexed again.
+An item of a list, which has an id of its own, adds ``#``, its id, ``#`` and a hash of the list to the URI of its
+picture, or of the list if it has none: it stands for itself, not for the file, and does not go when the folder of the
+file is indexed again.  It goes when its list no longer has it, or has it with another picture.
 """
 
 from __future__ import annotations
@@ -113,18 +114,32 @@ def from_record(record: dict[str, Any]) -> Row:
     return Row(**values | {"problems": tuple(record["problems"])})
 
 
-def uri_of(path: str | os.PathLike[str], item: str | None = None) -> str:
+def uri_of(path: str | os.PathLike[str]) -> str:
     """The URI of a file or folder, made absolute but not resolved: a symbolic link stays one.
-
-    item: the id of an item of a list that shows the file, or stands in it.
 
     >>> uri_of("/tmp/it's 5%.png")
     'file:///tmp/it%27s%205%25.png'
-    >>> uri_of("/tmp/a.png", "shoe 7#b")
-    'file:///tmp/a.png#shoe%207%23b'
     """
-    uri = "file://" + quote_from_bytes(os.fsencode(os.path.abspath(path)), safe="/")  # noqa: PTH100 resolves nothing
-    return uri if item is None else f"{uri}#{quote_from_bytes(item.encode('utf-8', 'surrogatepass'), safe='/')}"
+    return "file://" + quote_from_bytes(os.fsencode(os.path.abspath(path)), safe="/")  # noqa: PTH100 resolves nothing
+
+
+def uri_of_item(path: str | os.PathLike[str], id: str, listed_in: str | os.PathLike[str]) -> str:
+    """The URI of an item that shows a file, or stands in one.
+
+    >>> uri_of_item("/tmp/a.png", "shoe 7#b", listed_in="/tmp/list.jsonl")
+    'file:///tmp/a.png#shoe%207%23b#d5bc58ce3772d130'
+    """
+    return f"{uri_of(path)}#{quote_from_bytes(id.encode('utf-8', 'surrogatepass'), safe='/')}#{list_key(listed_in)}"
+
+
+def list_key(path: str | os.PathLike[str]) -> str:
+    """16 hex digits that stand for a list of items."""
+    return hashlib.sha256(uri_of(path).encode()).hexdigest()[:16]
+
+
+def list_key_of(uri: str) -> str | None:
+    """The list that an item stands in, see :func:`list_key`; ``None`` for a file."""
+    return uri.rpartition("#")[2] if is_item(uri) else None
 
 
 def is_item(uri: str) -> bool:
@@ -133,5 +148,5 @@ def is_item(uri: str) -> bool:
 
 
 def path_of(uri: str) -> Path:
-    """The inverse of :func:`uri_of`; for an item the file that it shows, or stands in."""
+    """The inverse of :func:`uri_of` and :func:`uri_of_item`: of an item the file that it shows, or stands in."""
     return Path(os.fsdecode(unquote_to_bytes(uri.removeprefix("file://").partition("#")[0])))

@@ -1,11 +1,13 @@
 """Embeddings in files of their own, made in bulk on one machine or many, which an index takes up without a model.
 
     FOLDER/embeddings.json           which model made them, and their precision
-    FOLDER/shards/<hash>.parquet     some rows with their vectors, columns as in quarterlight.index.rows
+    FOLDER/shards/<hash>.parquet     some rows with their vectors, columns as in quarterlight.index.rows, and `piece`
     FOLDER/problems.jsonl            what could not be embedded, and why, when the last run ended
+    FOLDER/lists.json                which lists of items have been embedded to their ends
 
 A shard holds all rows of some pieces (a piece is a file, or some lines of a list of items) and says in its metadata
 which these are, so that a later run knows what is done already.  It appears under its name when it is complete.
+While a run is under way there may be two states of a file, in two shards: the one that was written later counts.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quarterlight.errors import StoreError
@@ -31,6 +35,7 @@ from quarterlight.index.rows import Row, from_record, to_table
 from quarterlight.index.store import ModelIdentity
 
 _METADATA = b"quarterlight"
+_PIECE = "piece"
 
 
 class ShardProblem(NamedTuple):
@@ -46,6 +51,7 @@ class ShardInfo:
     """What a shard says of itself.
 
     done, failed: keys of the pieces that gave rows, and of those that gave none.
+    written_ns: when.
     """
 
     path: Path
@@ -55,6 +61,7 @@ class ShardInfo:
     done: tuple[str, ...]
     failed: tuple[str, ...]
     problems: tuple[ShardProblem, ...]
+    written_ns: int
 
 
 class ShardFolder:
@@ -116,8 +123,12 @@ class ShardFolder:
             raise StoreError(f"{describe(manifest)} does not describe embeddings: {error}.") from error
 
     def shards(self) -> list[ShardInfo]:
-        """All shards, in order of their names.  Raises StoreError for one that is damaged or of another model."""
-        return [self._info(path) for path in sorted((self.folder / "shards").glob("*.parquet"))]
+        """All shards, in the order in which they were written.
+
+        Raises StoreError for one that is damaged or of another model.
+        """
+        infos = [self._info(path) for path in sorted((self.folder / "shards").glob("*.parquet"))]
+        return sorted(infos, key=lambda info: info.written_ns)
 
     def write(
         self,
@@ -126,23 +137,45 @@ class ShardFolder:
         vector_ND: npt.NDArray[np.float32],
         *,
         ids: Sequence[str],
+        pieces: Sequence[str],
         done: Sequence[str],
         failed: Sequence[str],
         problems: Sequence[ShardProblem],
     ) -> ShardInfo:
         """A complete shard: rows and their vectors, one to one; fields as in :class:`ShardInfo`.
 
-        ids: of the rows, for those who read the file itself.
+        ids: of the rows, for those who read the file itself.  pieces: the key of the piece that each row is of.
         """
+        table = to_table(rows, vector_ND.reshape(len(rows), self.model.dimension), self.precision)
+        table = table.set_column(0, table.schema.field("id"), pa.array(ids, pa.string()))
+        table = table.append_column(_PIECE, pa.array(pieces, pa.string()))
+        return self._write(name, table, done, failed, problems)
+
+    def merge(self, name: str, shards: Sequence[tuple[ShardInfo, Sequence[str]]]) -> ShardInfo:
+        """A complete shard of some pieces of others, which stay; their rows and vectors are copied as they are.
+
+        shards: with the keys, among those that are done, of what is wanted of them.
+        """
+        tables, done, problems = [], [], []
+        for info, keys in shards:
+            with readable(self.folder):
+                table = pq.read_table(info.path)
+            tables.append(table.filter(pc.is_in(table[_PIECE], pa.array(keys, pa.string()))))
+            done += keys
+            problems += [problem for problem in info.problems if problem.piece in set(keys)]
+        return self._write(name, pa.concat_tables(tables), done, [], problems)
+
+    def _write(
+        self, name: str, table: pa.Table, done: Sequence[str], failed: Sequence[str], problems: Sequence[ShardProblem]
+    ) -> ShardInfo:
         about = {
             "model": asdict(self.model),
             "precision": self.precision,
             "done": done,
             "failed": failed,
             "problems": [one._asdict() for one in problems],
+            "written_ns": time.time_ns(),
         }
-        table = to_table(rows, vector_ND.reshape(len(rows), self.model.dimension), self.precision)
-        table = table.set_column(0, table.schema.field("id"), pa.array(ids, pa.string()))
         table = table.replace_schema_metadata({_METADATA: json.dumps(about).encode()})
         path = self.folder / "shards" / f"{name}.parquet"
         draft = path.with_suffix(".part")
@@ -174,7 +207,27 @@ class ShardFolder:
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{describe(self.folder / 'problems.jsonl')} cannot be read: {error}.") from error
+            raise StoreError(
+                f"{describe(self.folder / 'problems.jsonl')} cannot be read: {error}. Remove it, and run "
+                "`quarterlight embed` once more."
+            ) from error
+
+    def add_lists(self, keys: Iterable[str]) -> None:
+        """Notes that some lists of items, by :func:`quarterlight.index.rows.list_key`, have been embedded as a whole."""
+        with writable(self.folder):
+            _replace(self.folder / "lists.json", json.dumps(sorted(self.lists().union(keys)), indent=2) + "\n")
+
+    def lists(self) -> set[str]:
+        """What :meth:`add_lists` was told: the shards have every item that these lists had then, and no other one."""
+        try:
+            return set(json.loads((self.folder / "lists.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"{describe(self.folder / 'lists.json')} cannot be read: {error}. Remove it, and run "
+                "`quarterlight embed` once more."
+            ) from error
 
     def read(self, shard: ShardInfo) -> tuple[list[Row], npt.NDArray[np.float32]]:
         """The rows of a shard and their vectors, float32 [rows, dimension]."""
@@ -201,6 +254,7 @@ class ShardFolder:
                 done=tuple(about["done"]),
                 failed=tuple(about["failed"]),
                 problems=tuple(ShardProblem(**one) for one in about["problems"]),
+                written_ns=about["written_ns"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(

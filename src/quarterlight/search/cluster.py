@@ -51,6 +51,7 @@ class Cluster:
         Raises InputError when there is none.
         """
         import ray
+        import ray.data  # sets its own level when it is imported
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it tells of every run that it began and ended
         if not ray.is_initialized():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -26,14 +26,14 @@ from PIL import Image
 from quarterlight.errors import InputError
 from quarterlight.images import content_hash, describe
 from quarterlight.index import Row
-from quarterlight.index.rows import is_item, uri_of
-from quarterlight.index.shards import ShardFolder, ShardProblem
+from quarterlight.index.rows import is_item, list_key, path_of, uri_of
+from quarterlight.index.shards import ShardFolder, ShardInfo, ShardProblem
 from quarterlight.records import Item
 from quarterlight.search.documents import BrokenPart, Part, place_of, read_parts, reason_of
 from quarterlight.search.encoder import Encoder, encode_each
 from quarterlight.search.items import SUFFIX, BrokenLine, Lines, ListedItem, read_items, split_list
 from quarterlight.search.reading import ReadAhead
-from quarterlight.search.walk import FoundFile, Problem, walk
+from quarterlight.search.walk import FoundFile, Problem, Walk, walk
 
 _BYTES_PER_PAGE = 100_000  # of a PDF: a guess, only used to make shards of about the same size
 
@@ -43,7 +43,7 @@ class EmbedConfig:
     """How the work is cut."""
 
     items_per_shard: int = 500
-    """files, or lines of a list, in a shard: the most work that a kill can cost each worker"""
+    """files, or lines of a list (at least one piece of it), in a shard: the most work that a kill can cost each worker"""
     items_per_group: int = 32
     """parts decoded before they go to the model together"""
     bytes_per_group: int = 32 * 2**20
@@ -58,7 +58,7 @@ class EmbedConfig:
 
 
 class Piece(NamedTuple):
-    """What is embedded as a whole: a file, or some lines of a list; key names its place and its state."""
+    """What is embedded as a whole: a file, or some lines of a list; key is its URI, a blank, and its state."""
 
     file: FoundFile
     key: str
@@ -117,8 +117,8 @@ class EmbedReport:
     """What came of a run.
 
     num_items: files and lines of the inputs.  num_embedded: of these, in this run; the others were there already.
-    num_rows: in all shards afterwards.  num_bytes: what their vectors take.
-    problems: one for each file, page or line that has no embedding.  num_other: files of other kinds.
+    num_rows: in all shards afterwards, of other inputs too.  num_bytes: what their vectors take.
+    problems: one for each file, page or line of the inputs that has no embedding.  num_other: files of other kinds.
     """
 
     num_items: int = 0
@@ -141,17 +141,23 @@ def embed(
 ) -> EmbedReport:
     """Embed files, folders and lists of items (``.jsonl``) into shards.
 
-    What a shard of an earlier run holds unchanged is kept; shards with something that has changed or is no longer among
-    the inputs are removed and the rest of them embedded anew.  Files that failed as a whole are tried again.
+    What the shards of earlier runs hold unchanged is kept, and so is what lies outside of ``paths`` or cannot be looked
+    at.  What has changed or vanished goes at the end, when everything new is written: a run that is stopped takes
+    nothing away.  Files that failed as a whole are tried again.
     on_progress: called with the numbers of files and lines done and in all.
     Raises InputError when one of ``paths`` does not exist, StoreError when a shard cannot be read or written.
     """
     started = time.monotonic()
     config = config or EmbedConfig()
     report = EmbedReport()
-    pieces = _pieces(paths, folder.folder, config, report)
-    report.num_items = num_done = sum(piece.num_items for piece in pieces)
-    shards = remaining(pieces, folder, config)
+    inputs = Inputs.find(paths, skip=folder.folder)
+    report.num_other = inputs.found.num_other
+    report.num_items = num_done = sum(piece.num_items for piece in inputs.pieces)
+    elsewhere = [Problem(*one) for one in folder.problems() if not inputs.include(Path(one[0]))]
+    folder.remove([])
+    kept = inputs.kept(folder.shards())
+    done = {key for keys in kept.values() for key in keys}
+    shards = cut([piece for piece in inputs.pieces if piece.key not in done], config)
     num_done -= sum(piece.num_items for shard in shards for piece in shard.pieces)
     on_progress(num_done, report.num_items)
     for num_items, groups in whole_shards(shards, engine, config):
@@ -160,27 +166,109 @@ def embed(
         num_done += num_items
         report.num_embedded += num_items
         on_progress(num_done, report.num_items)
-    report.problems += problems_of(folder, shards)
-    report.problems.sort()
+    new = {shard.name for shard in shards}
+    _sweep(folder, new, inputs, config)
     infos = folder.shards()
+    report.problems = sorted([*inputs.found.problems, *_problems(infos, new, inputs)])
     report.num_shards, report.num_rows = len(infos), sum(info.num_rows for info in infos)
-    folder.write_problems(report.problems)
+    folder.write_problems(sorted([*report.problems, *elsewhere]))
+    folder.add_lists(map(list_key, inputs.lists))
     report.num_bytes = folder.size_in_bytes(report.num_rows)
     report.seconds = time.monotonic() - started
     return report
 
 
-def problems_of(folder: ShardFolder, new: Sequence[Shard]) -> list[Problem]:
-    """What a folder tells of problems.
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is told to embed.
 
-    new: the shards of this run, which tell of what failed as a whole before and was tried again.
+    roots: the files and folders that were named, absolute; lists: those of items among them.
+    found: what is in the others.  pieces: everything that is to be embedded, lists of items last.
     """
-    names = {shard.name for shard in new}
+
+    roots: tuple[str, ...]
+    lists: frozenset[str]
+    found: Walk
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def find(cls, paths: Iterable[str | os.PathLike[str]], *, skip: Path) -> Inputs:
+        """skip: a folder that is left out.  Raises InputError when a path does not exist."""
+        roots = tuple(os.path.abspath(path) for path in paths)  # noqa: PTH100 keeps links
+        lists = [path for path in roots if path.endswith(SUFFIX) and Path(path).is_file()]
+        found = walk([path for path in roots if path not in lists], skip=skip)
+        pieces = pieces_of(found.files)
+        seen: set[bytes] = set()
+        for path in dict.fromkeys(lists):
+            file = FoundFile(path, "items", *_size_and_time(path))
+            pieces += [Piece(file, lines.key, lines) for lines in split_list(path, seen)]
+        return cls(roots=roots, lists=frozenset(lists), found=found, pieces=tuple(pieces))
+
+    def include(self, path: Path) -> bool:
+        """Whether it is one of the roots or below one."""
+        return any(path.is_relative_to(root) for root in self.roots)
+
+    def kept(self, infos: Sequence[ShardInfo]) -> dict[Path, list[str]]:
+        """Of which pieces the shards' rows stay, by the path of the shard; of repeated ones those written last."""
+        wanted = {piece.key for piece in self.pieces}
+        known: set[str] = set()
+        kept = {}
+        for info in reversed(infos):
+            kept[info.path] = [key for key in info.done if key not in known and (key in wanted or self._is_alien(key))]
+            known.update(kept[info.path])
+        return kept
+
+    def _is_alien(self, key: str) -> bool:
+        """Whether a piece is none of this run's business, or may be there all the same."""
+        path = path_of(key.partition(" ")[0])
+        if not self.include(path):
+            return True
+        if path.suffix == SUFFIX and str(path) not in self.lists and path.is_file():
+            return True  # a list is an input only when it is named
+        return self.found.is_out_of_sight(path)
+
+
+def _sweep(folder: ShardFolder, new: Container[str], inputs: Inputs, config: EmbedConfig) -> None:
+    """Removes what is out of date; what else the same shards hold goes into others before.
+
+    new: names of the shards of this run.
+    """
+    infos = folder.shards()
+    kept = inputs.kept(infos)
+    stale = [
+        info
+        for info in infos
+        if info.path.stem not in new and not (kept[info.path] and len(kept[info.path]) == len(info.done))
+    ]
+    run: list[ShardInfo] = []
+    size = 0.0
+    for info in stale:
+        num_rows = info.num_rows * len(kept[info.path]) / max(1, len(info.done))  # about
+        if run and size + num_rows > config.items_per_shard:
+            _replace(folder, run, kept)
+            run, size = [], 0.0
+        run.append(info)
+        size += num_rows
+    _replace(folder, run, kept)
+
+
+def _replace(folder: ShardFolder, stale: Sequence[ShardInfo], kept: Mapping[Path, Sequence[str]]) -> None:
+    """Removes some shards, after what is kept of them stands in another one."""
+    parts = [(info, kept[info.path]) for info in stale if kept[info.path]]
+    merged = folder.merge(_name([key for _, keys in parts for key in keys]), parts).path if parts else None
+    folder.remove([info for info in stale if info.path != merged])
+
+
+def _problems(infos: Sequence[ShardInfo], new: Container[str], inputs: Inputs) -> list[Problem]:
+    """What shards tell of the inputs; of what failed as a whole those of this run alone, as that was tried again.
+
+    new: names of the shards of this run.
+    """
     return [
         Problem(problem.path, problem.reason)
-        for info in folder.shards()
+        for info in infos
         for problem in info.problems
-        if info.path.stem in names or problem.piece not in info.failed
+        if (info.path.stem in new or problem.piece not in info.failed) and inputs.include(Path(problem.path))
     ]
 
 
@@ -188,20 +276,6 @@ def pieces_of(files: Iterable[FoundFile]) -> list[Piece]:
     """Files as pieces, each once, in the same order."""
     pieces = (Piece(file, f"{uri_of(file.path)} {file.size} {file.mtime_ns}") for file in files)
     return list({piece.key: piece for piece in pieces}.values())
-
-
-def remaining(pieces: Sequence[Piece], folder: ShardFolder, config: EmbedConfig) -> list[Shard]:
-    """The shards that are still to be made; those that are there but out of date are removed."""
-    wanted = {piece.key for piece in pieces}
-    done: set[str] = set()
-    stale = []
-    for info in folder.shards():
-        if info.done and wanted.issuperset(info.done) and done.isdisjoint(info.done):
-            done.update(info.done)
-        else:
-            stale.append(info)
-    folder.remove(stale)
-    return cut([piece for piece in pieces if piece.key not in done], config)
 
 
 def whole_shards(
@@ -288,22 +362,6 @@ class Local:
             reading.stop()
 
 
-def _pieces(
-    paths: Iterable[str | os.PathLike[str]], skip: Path, config: EmbedConfig, report: EmbedReport
-) -> list[Piece]:
-    """Everything that the inputs hold, lists of items last."""
-    roots = [os.path.abspath(path) for path in paths]  # noqa: PTH100 keeps links
-    lists = [path for path in roots if path.endswith(SUFFIX) and Path(path).is_file()]
-    found = walk([path for path in roots if path not in lists], skip=skip)
-    report.num_other, report.problems = found.num_other, found.problems
-    pieces = pieces_of(found.files)
-    seen: set[bytes] = set()
-    for path in dict.fromkeys(lists):
-        file = FoundFile(path, "items", *_size_and_time(path))
-        pieces += [Piece(file, lines.key, lines) for lines in split_list(path, config.items_per_shard, seen)]
-    return pieces
-
-
 def _size_and_time(path: str) -> tuple[int, int]:
     status = Path(path).stat()
     return status.st_size, status.st_mtime_ns
@@ -326,8 +384,11 @@ def cut(pieces: Sequence[Piece], config: EmbedConfig) -> list[Shard]:
 
 
 def _shard(pieces: Sequence[Piece]) -> Shard:
-    keys = "\n".join(piece.key for piece in pieces)
-    return Shard(hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(), tuple(pieces))
+    return Shard(_name([piece.key for piece in pieces]), tuple(pieces))
+
+
+def _name(keys: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
 
 
 def _parts(piece: Piece, number: int) -> Iterator[Entry | tuple[int, str]]:
@@ -376,6 +437,7 @@ def _write(groups: Sequence[Group], folder: ShardFolder) -> None:
         rows,
         np.concatenate([group.vectors for group in groups if group.vectors is not None]),
         ids=[entry.id for entry in entries],
+        pieces=[shard.pieces[entry.piece].key for entry in entries],
         done=[piece.key for number, piece in enumerate(shard.pieces) if number not in failed],
         failed=[piece.key for number, piece in enumerate(shard.pieces) if number in failed],
         problems=[

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -232,10 +231,9 @@ class _Run:
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.store, self.encoder, self.config, self.on_progress = store, encoder, config, on_progress
-        self.tokens = tokens
+        self.tokens, self.found = tokens, found
         self.report = IngestReport(num_other=found.num_other, problems=found.problems)
         self.files = {uri_of(file.path): file for file in found.files}
-        self.closed = found.closed
         self.known = {uri: file for uri, file in store.files().items() if not is_item(uri)}
         self.fresh = {uri: file for uri, file in self.files.items() if not self._is_unchanged(uri, file)}
         self.origins = {
@@ -362,7 +360,7 @@ class _Run:
     def delete_vanished(self, roots: Sequence[str | os.PathLike[str]]) -> None:
         """Removes the rows of files below ``roots`` that are no longer there, or can no longer be read."""
         below = {uri for root in roots for uri in self.store.files(within=root) if not is_item(uri)}
-        vanished = [uri for uri in below if uri not in self.files and not self._is_out_of_sight(path_of(uri))]
+        vanished = [uri for uri in below if uri not in self.files and not self.found.is_out_of_sight(path_of(uri))]
         self.store.delete(vanished)
         self.store.delete([uri for uri in self.failed if uri in below])
         self.report.deleted = len(vanished)
@@ -377,16 +375,6 @@ class _Run:
         if known is not None and known.content_hash == document.content_hash:
             return document.uri
         return self.origins.get((document.file.reader, document.content_hash))
-
-    def _is_out_of_sight(self, path: Path) -> bool:
-        """Whether a file that was not found may be there all the same: in a closed folder, or on a dead disk."""
-        if any(path.is_relative_to(folder) for folder in self.closed):
-            return True
-        try:
-            path.lstat()
-        except OSError as error:
-            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
-        return False
 
     def _embed(self, documents: Sequence[_Document], parts: Sequence[Part | None]) -> None:
         """Vectors for the parts; ``None`` in place of a part ends its document, which then goes to the writer."""

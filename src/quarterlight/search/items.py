@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,22 @@ from typing import Any, NamedTuple
 from quarterlight.errors import InputError, did_you_mean
 from quarterlight.images import content_hash, describe, image_size, load_image
 from quarterlight.index import Row
-from quarterlight.index.rows import uri_of
+from quarterlight.index.rows import uri_of, uri_of_item
 from quarterlight.records import Item
 from quarterlight.search.documents import IMAGE_PIXELS, PAGE_PIXELS, clean, reason_of, thumbnail
 
 SUFFIX = ".jsonl"
+
+LINES_PER_PIECE = 50
+"""So many lines are embedded anew when one of them has changed.  Other numbers would cut known lists otherwise."""
 
 _FIELDS = ("id", "text", "image", "instruction", "max_tiles")
 
 
 class Lines(NamedTuple):
     """Some lines of a list: the number of the first, from 1; where they begin in the file, and their size, in bytes;
-    how many; the numbers of those whose id an earlier line has; and a hash of all this and the lines themselves."""
+    how many; the numbers of those whose id an earlier line has; and a hash of all this, of the lines themselves and of
+    the state of their pictures, behind the URI of the list."""
 
     first: int
     start: int
@@ -51,8 +56,8 @@ class BrokenLine(NamedTuple):
     reason: str
 
 
-def split_list(path: str, lines_per_piece: int, seen: set[bytes]) -> Iterator[Lines]:
-    """The list in pieces of so many lines.
+def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
+    """The list in pieces of :data:`LINES_PER_PIECE` lines.
 
     seen: hashes of the ids that stand in other lists; those of this one are added.
     Raises InputError when it cannot be read.
@@ -61,21 +66,24 @@ def split_list(path: str, lines_per_piece: int, seen: set[bytes]) -> Iterator[Li
         with Path(path).open("rb") as file:
             first, start = 1, 0
             while True:
-                digest = hashlib.blake2b(uri_of(path).encode(), digest_size=16)
+                digest = hashlib.blake2b(digest_size=16)
                 size = number = 0
                 repeated = []
-                while number < lines_per_piece and (line := file.readline()):
-                    if (id := _id_of(line)) is not None:
+                while number < LINES_PER_PIECE and (line := file.readline()):
+                    id, files = _id_and_files(path, line)
+                    if id is not None:
                         if id in seen:
                             repeated.append(first + number)
                         seen.add(id)
                     digest.update(line)
+                    for one in files:
+                        digest.update(_state(one))
                     size += len(line)
                     number += 1
                 if not number:
                     return
                 digest.update(f"{first} {repeated}".encode())
-                yield Lines(first, start, size, number, tuple(repeated), digest.hexdigest())
+                yield Lines(first, start, size, number, tuple(repeated), f"{uri_of(path)} {digest.hexdigest()}")
                 first, start = first + number, start + size
     except OSError as error:
         raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
@@ -124,29 +132,48 @@ def parse_item(line: bytes) -> tuple[str, Item]:
     return str(id), item
 
 
-def _id_of(line: bytes) -> bytes | None:
-    """A hash of the id of a line, if it has one; a list may have more ids than the memory should hold."""
+def _id_and_files(path: str, line: bytes) -> tuple[bytes | None, list[str]]:
+    """A hash of the id of a line, if it has one, as a list may have more ids than the memory should hold; and the files
+    of its pictures."""
     try:
-        id = str(json.loads(line)["id"])
+        record = json.loads(line)
+        id = str(record["id"]).encode("utf-8", "surrogatepass")
     except (ValueError, TypeError, KeyError):
-        return None
-    return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return None, []
+    image = record.get("image")
+    names = image if isinstance(image, list) else [image]
+    return hashlib.blake2b(id, digest_size=8).digest(), [_file(path, one) for one in names if isinstance(one, str)]
+
+
+def _file(path: str, name: str) -> str:
+    """A picture that a list names."""
+    return str(Path(path).parent / name)
+
+
+def _state(file: str) -> bytes:
+    """Changes when the file does, comes or goes, or becomes readable."""
+    try:
+        status = Path(file).stat()
+    except (OSError, ValueError):  # the latter for names that no file can have
+        return b"missing\n"
+    return f"{status.st_size} {status.st_mtime_ns} {os.access(file, os.R_OK)}\n".encode()
 
 
 def _read(path: str, id: str, item: Item) -> ListedItem:
     """Raises ImageError, naming the picture, for one that cannot be read."""
     text = clean(item.text or "")
     if not item.images:
-        file, row = path, Row(uri=uri_of(path, id), kind="text", part=0, size=0, mtime_ns=0, content_hash="")
+        file = path
+        row = Row(uri=uri_of_item(path, id, path), kind="text", part=0, size=0, mtime_ns=0, content_hash="")
         row = replace(row, size=len(text.encode()), content_hash=hashlib.sha256(text.encode()).hexdigest())
     else:
-        files = [str(Path(path).parent / str(one)) for one in item.images]
+        files = [_file(path, str(one)) for one in item.images]
         file = files[0]
         pixels = IMAGE_PIXELS if (item.max_tiles or 1) == 1 else PAGE_PIXELS
         pictures = [load_image(one, reduce_to=pixels) for one in files]
         width, height = image_size(file)
         row = Row(
-            uri=uri_of(file, id),
+            uri=uri_of_item(file, id, path),
             kind="image",
             part=0,
             size=Path(file).stat().st_size,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from quarterlight.errors import StoreError
 from quarterlight.images import describe
 from quarterlight.index import VECTOR_PRECISIONS, IndexStore
+from quarterlight.index.rows import is_item, list_key_of
 from quarterlight.index.shards import ShardFolder
 from quarterlight.search.walk import Problem
 
@@ -17,12 +18,14 @@ from quarterlight.search.walk import Problem
 class LoadReport:
     """What was taken up.
 
-    num_loaded: rows of the shards.  num_rows: rows of the table afterwards.
+    num_loaded: rows of the shards.  num_deleted: items that their lists no longer have, or have with other pictures.
+    num_rows: rows of the table afterwards.
     problems: what the shards say could not be embedded.
     """
 
     num_shards: int = 0
     num_loaded: int = 0
+    num_deleted: int = 0
     num_rows: int = 0
     seconds: float = 0.0
     problems: list[Problem] = field(default_factory=list)
@@ -48,6 +51,7 @@ def load(
 ) -> LoadReport:
     """Puts all rows of some shards into an index, in place of those that it had of the same files and items.
 
+    Items that are no longer in a list that the shards have to its end are removed from the index.
     A stopped run leaves what it has done, and doing it again changes nothing.
     on_progress: called with the numbers of rows done and in all.
     Raises StoreError for shards of another model or coarser than the index, and when another process writes to it.
@@ -56,15 +60,22 @@ def load(
     check_can_load(shards, store)
     report = LoadReport()
     with store.writing():
-        known = store.files().keys()
-        infos = shards.shards()
+        known = set(store.files())
+        lists, items = shards.lists(), set[str]()
+        infos = shards.shards()  # oldest first: what was written later wins
         total = sum(info.num_rows for info in infos)
         for info in infos:
             rows, vector_ND = shards.read(info)
-            store.upsert(rows, vector_ND, known=sorted({row.uri for row in rows} & known))
+            uris = {row.uri for row in rows}
+            store.upsert(rows, vector_ND, known=sorted(uris & known))
+            known |= uris
+            items |= {uri for uri in uris if is_item(uri)}
             report.num_shards += 1
             report.num_loaded += len(rows)
             on_progress(report.num_loaded, total)
+        vanished = [uri for uri in known - items if list_key_of(uri) in lists]
+        store.delete(vanished)
+        report.num_deleted = len(vanished)
         store.optimize()
         report.num_rows = store.count()
     report.problems = [Problem(*one) for one in shards.problems()]

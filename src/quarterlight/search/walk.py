@@ -65,6 +65,16 @@ class Walk:
     closed: list[str] = field(default_factory=list)
     num_other: int = 0
 
+    def is_out_of_sight(self, path: Path) -> bool:
+        """Whether a file that was not found may be there all the same: in a closed folder, or on a dead disk."""
+        if any(path.is_relative_to(folder) for folder in self.closed):
+            return True
+        try:
+            path.lstat()
+        except OSError as error:
+            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+        return False
+
 
 def walk(roots: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> Walk:
     """All files to index in some files and folders, in order of their names.
