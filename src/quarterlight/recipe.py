@@ -171,14 +171,19 @@ class ModelRecipe:
     """entries of the tokenizer, which is trained on the texts of the mixture"""
     visual_token_compression: int = 2
     """s of the paper"""
-    text_max_tokens: int = 512
-    """tokens of an item's text above which its end is cut off, in training and in the checkpoint"""
+    preset: str | None = None
+    """for weights that others released: what their folder leaves out, a name of ``quarterlight.models.presets``; without
+    it, the one that goes by the checkpoint's name, if any does"""
+    text_max_tokens: int | None = None
+    """tokens of an item's text above which its end is cut off, in training and in the checkpoint; without it, as in the
+    checkpoint (a new one: 512)"""
     attn_implementation: str = "sdpa"
     """of training only; on CPUs the backward pass of fused attention costs more than everything else together"""
     position_columns: int = 0
     """columns of a new tower that start as positions, for structured attention; 0 starts it at random"""
-    system_prompt: str = ""
-    """a system turn before the user's, saved with the checkpoint"""
+    system_prompt: str | None = None
+    """a system turn before the user's, saved with the checkpoint, empty for none; without it, as in the checkpoint (a new
+    one: none)"""
     pooling: Literal["last_token", "mean"] | None = None
     """which hidden states become the embedding; without it, as in the checkpoint (a new model: last_token)"""
     attention: Literal["causal", "bidirectional"] | None = None
@@ -193,6 +198,10 @@ class ModelRecipe:
     def __post_init__(self) -> None:
         new = {"vision": self.vision, "text": self.text, "vocab_size": self.vocab_size}
         given = [name for name, value in new.items() if value]
+        if self.checkpoint is None and self.preset is not None:
+            raise RecipeError(
+                f"model.preset is {self.preset!r}, but there is no model.checkpoint whose folder it could complete."
+            )
         if self.checkpoint is not None and given:
             raise RecipeError(f"model.checkpoint brings its own sizes, so model.{given[0]} cannot be given beside it.")
         if self.checkpoint is None and len(given) < len(new):
