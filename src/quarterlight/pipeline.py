@@ -43,6 +43,7 @@ from quarterlight.models.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
     save_reranker,
+    saved_tensors,
 )
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.inputs import InputFormatter
@@ -56,7 +57,7 @@ from quarterlight.models.reranker import Reranker, reranker_folder
 from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS, EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer, with_markers
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
-from quarterlight.recipe import NO_HEAD, ContrastStage, DistillStage, Recipe, SourceRecipe, TaskRecipe
+from quarterlight.recipe import NO_HEAD, NO_HEAD_SAVED, ContrastStage, DistillStage, Recipe, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
 from quarterlight.training.contrast import EmbedRecipe, PromptEmbedder, train_contrastive
@@ -165,8 +166,8 @@ SAID = ("pooling", "attention", "prompt_style", "positions", "max_pixels", "text
 """Keys of ``model`` that replace the checkpoint's settings of the same names where they are given."""
 
 _UNSAID = {"text_max_tokens": TEXT_MAX_TOKENS, "system_prompt": ""}
-"""What fingerprints have for settings that a recipe leaves to the checkpoint, whose own are in the checkpoint's hash; so
-that runs keep the fingerprints that they had when these were the defaults."""
+"""What fingerprints have for settings that a recipe leaves to the checkpoint, whose own are in the checkpoint's hash:
+runs keep the fingerprints that they had when these were the defaults."""
 
 _Loss = TypeVar("_Loss", bound=EmbedRecipe)
 
@@ -211,6 +212,12 @@ class _Pipeline:
                 for key in keys & where.keys():
                     if (stage, key) != ("rerank", "eval_queries"):  # they are held out of the training queries
                         del where[key]
+            if stage == "rerank" and one["checkpoint"] is None:
+                del one["checkpoint"]
+            if stage == "distill" and one["loss"]["instructions"] == "first":
+                del one["loss"]["instructions"]
+            if stage == "teach" and self.recipe.teach and self.recipe.teach.ranks == self.recipe.teach.depth:
+                del one["search_depth"]
             if stage == "restore" and one["loss"]["max_pixels"] is None:
                 one["loss"]["max_pixels"] = MAX_PIXELS
             settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
@@ -266,6 +273,8 @@ class _Pipeline:
             found |= {f"truth: {one.label}": self._task_hash(truth, one.dataset, one.task) for one in tasks}
         if self.recipe.model.checkpoint is not None and self.recipe.first_model(stage) is None:
             found[self.recipe.model.checkpoint] = self._checkpoint_hash
+        if stage == "rerank" and self.recipe.rerank and self.recipe.rerank.checkpoint:
+            found[self.recipe.rerank.checkpoint] = self._trunk_hash
         if stage == "teach" and self.recipe.teach and self.recipe.teach.reranker:
             found[self.recipe.teach.reranker] = self._teacher_hash
         return found
@@ -274,6 +283,11 @@ class _Pipeline:
     def _teacher_hash(self) -> str:
         assert self.recipe.teach is not None and self.recipe.teach.reranker is not None
         return folder_hash(reranker_folder(self.recipe.teach.reranker))
+
+    @cached_property
+    def _trunk_hash(self) -> str:
+        assert self.recipe.rerank is not None and self.recipe.rerank.checkpoint is not None
+        return folder_hash(resolve_checkpoint(self.recipe.rerank.checkpoint))
 
     @cached_property
     def _checkpoint_hash(self) -> str:
@@ -291,6 +305,10 @@ class _Pipeline:
             config: Any = load_config(resolve_checkpoint(recipe.model.checkpoint))
             if not config.text_config.tie_word_embeddings:
                 raise RecipeError(NO_HEAD)
+        if recipe.first_model("rerank") is None and read_description(folder := self._before("rerank")):
+            tied = load_config(folder).text_config.tie_word_embeddings
+            if not tied and next(saved_tensors(folder, ["lm_head."]), None) is None:
+                raise RecipeError(NO_HEAD_SAVED.format(checkpoint=self._checkpoint("rerank")))
 
     def _file_hash(self, one: SourceRecipe) -> str:
         if one.file is None:
@@ -646,7 +664,7 @@ class _Pipeline:
         """What the embedder finds, scored by the reranker."""
         recipe = self.recipe.teach
         assert recipe is not None
-        teach(
+        counts = teach(
             self._finder("teach"),
             Reranker(recipe.reranker or self.folder / "rerank"),
             self._distinct_tasks("teach"),
@@ -656,6 +674,9 @@ class _Pipeline:
             cache=work,
             show_progress=True,
         )
+        if self.state.is_main_process:
+            said = json.dumps([asdict(one) for one in counts], indent=2)
+            (draft / "lists.json").write_text(said, encoding="utf-8")
 
     def mixture(self, stage: str) -> TaskMixture:
         """The training tasks of a stage, with the negatives that the stages before found for it."""
@@ -756,15 +777,22 @@ class _Pipeline:
         """The folder of the model that a stage begins with."""
         if first := self.recipe.first_model(stage):
             return self.folder / first
-        assert self.recipe.model.checkpoint is not None
-        return resolve_checkpoint(self.recipe.model.checkpoint)
+        return resolve_checkpoint(self._checkpoint(stage))
+
+    def _checkpoint(self, stage: str) -> str:
+        """Folder or hub id of the checkpoint that a stage begins with, if it begins with none of the run's models."""
+        own = self.recipe.rerank.checkpoint if stage == "rerank" and self.recipe.rerank else None
+        checkpoint = own or self.recipe.model.checkpoint
+        assert checkpoint is not None
+        return checkpoint
 
     def _released(self, stage: str) -> Preset | None:
         """What the folder of the checkpoint leaves out, for a stage that begins with weights that others released."""
-        model = self.recipe.model
-        if model.checkpoint is None or self.recipe.first_model(stage) is not None:
+        if stage == "start" or self.recipe.first_model(stage) is not None:
             return None
-        return preset_of(model.checkpoint, resolve_checkpoint(model.checkpoint), model.preset)
+        name = self._checkpoint(stage)
+        given = self.recipe.model.preset if name == self.recipe.model.checkpoint else None
+        return preset_of(name, resolve_checkpoint(name), given)
 
     def _finder(self, stage: str) -> Embedder:
         """The model that a stage looks for candidates with: that of a stage before it, or the checkpoint as this recipe
