@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.mining.test_negatives import ALL, Line
 
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.mining import teaching
+from quarterlight.mining import negatives, teaching
 from quarterlight.mining.negatives import MineRecipe, mine, read_mined
 from quarterlight.mining.teaching import TeachRecipe, read_taught, teach
 from quarterlight.records import Candidate, Item, Query
@@ -135,6 +136,25 @@ def test_global_mining_names_what_comes_from_elsewhere(tmp_path: Path) -> None:
     assert read_mined(tmp_path / "out", OWN)["q0"] == ["d1", "line/t2i/d1", "d2", "d3", "d4"]
     mine(Line(), [OWN, copy], tmp_path / "own", ALL, seed=0, cache=tmp_path / "cache")
     assert read_mined(tmp_path / "own", OWN)["q0"] == ["d1", "d2", "d3", "d4"]
+
+
+def test_one_global_pool_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the candidates of all tasks, so that all together would be the square of them."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most: list[int] = []
+    make = negatives._Pool.__init__
+
+    def note(self: Any, *arguments: Any) -> None:
+        alive.add(self)
+        most.append(len(alive))
+        make(self, *arguments)
+
+    monkeypatch.setattr(negatives._Pool, "__init__", note)
+    tasks = [task(name, [80, 10, 20], positive=f"d{n}") for n, name in enumerate(("t2t", "t2i", "i2t"))]
+    everywhere = MineRecipe(depth=9, window=None, sample=None, pool="global")
+    counts = mine(Line(), tasks, tmp_path / "out", everywhere, seed=0, cache=tmp_path / "cache")
+    assert [one.num_candidates for one in counts] == [3, 3, 3]  # of all nine, copies once
+    assert len(most) >= len(tasks) and max(most) == 1
 
 
 def test_what_cannot_be_is_refused() -> None:
