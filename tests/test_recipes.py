@@ -48,7 +48,9 @@ def small() -> Recipe:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    assert load_recipe(path).warmup.loss.temperature > 0
+    values = load_recipe(path)
+    assert values.warmup is None or values.warmup.loss.temperature > 0
+    assert values.stages and all(values.tasks(stage) for stage in values.stages)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,55 @@ def test_u_marvel() -> None:
     assert control.stages[-1] == "continue_hard" and control.teach == values.teach
     four = recipe("u_marvel_qwen3vl_4b")
     assert four.text_pairs is not None and four.text_pairs.loss.symmetric
+
+
+def test_u_marvel_plus_trains_a_reranker_for_the_distilled_embedder() -> None:
+    values, base = recipe("u_marvel_plus"), recipe("u_marvel_7b")
+    assert values.stages == ["retrieve", "rerank"] and values.retrieve == base.retrieve
+    assert values.first_model("retrieve") is values.first_model("rerank") is None
+    assert values.rerank is not None and base.rerank is not None
+    assert dataclasses.replace(values.rerank, checkpoint=None) == base.rerank
+    assert values.rerank.checkpoint == base.model.checkpoint != values.model.checkpoint
+    assert values.tasks("retrieve") == values.tasks("rerank") == base.tasks("rerank")
+    said = dataclasses.replace(values.model, checkpoint=base.model.checkpoint)
+    assert said == base.model  # the two must spell alike to share a tower
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("u_marvel_7b", {"warmup": (3840, 347), "hard_negatives": (1088, 1225), "distill": (128, 1042)}),
+        ("u_marvel_qwen3vl_4b", {"warmup": (5120, 260), "hard_negatives": (1280, 1041), "distill": (192, 695)}),
+    ],
+)
+def test_the_plan_of_u_marvel_needs_no_weights(name: str, expected: dict[str, tuple[int, int]]) -> None:
+    """The recipe as it is, from the sizes of its backbone alone; nothing can be downloaded in a test."""
+    planned = {one.stage: one for one in plan(recipe(name), None, None, "H100")}
+    assert {stage: (planned[stage].batch, planned[stage].steps) for stage in expected} == expected
+    assert all(one.flop is None or one.flop > 0 for one in planned.values())
+    rates = {stage: one.optimizer.learning_rate for stage, one in recipe(name).trained.items()}
+    assert rates == {
+        **{"text_pairs": 2e-4, "caption_pairs": 1e-4, "warmup": 4e-4, "hard_negatives": 1.5e-5},
+        **{"rerank": 2e-5, "distill": 1e-5},
+    }
+    assert planned["distill"].trained == planned["warmup"].trained  # adapters of one rank
+    fewer = plan(load_recipe(RECIPES / f"{name}.yaml", ["model.max_pixels=117600"]), None, None, "H100")
+    half = {one.stage: one.visual_tokens for one in fewer}
+    for stage in ("caption_pairs", "warmup", "rerank", "teach"):
+        seen = planned[stage].visual_tokens
+        assert seen and half[stage] and 0.3 < half[stage] / seen < 0.55
+
+
+def test_every_stage_of_u_marvel_draws_instructions() -> None:
+    for name in ("u_marvel_7b", "u_marvel_7b_continue_hard", "u_marvel_qwen3vl_4b"):
+        values = recipe(name)
+        drawn = {name: one.loss.instructions for name, one in values.contrast.items()}
+        if values.distill is not None:
+            drawn["distill"] = values.distill.loss.instructions
+        assert {name for name, one in drawn.items() if one == "random"} == drawn.keys() - {
+            "text_pairs",
+            "caption_pairs",
+        }
 
 
 def test_the_best_of_nano_is_complete() -> None:

@@ -33,6 +33,7 @@ from quarterlight.mining.negatives import MineRecipe, mine, read_mined
 from quarterlight.mining.teaching import read_taught, teach
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import (
+    folder_hash,
     load_backbone,
     load_config,
     load_processor,
@@ -43,7 +44,6 @@ from quarterlight.models.checkpoint import (
     save_checkpoint,
     save_reranker,
     saved_tensors,
-    weights_hash,
 )
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.inputs import InputFormatter
@@ -51,12 +51,13 @@ from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
 from quarterlight.models.pair import same_eyes, save_pair
+from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.reranker import Reranker, reranker_folder
-from quarterlight.models.settings import EmbedderSettings, RerankerSettings
+from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS, EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer, with_markers
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
-from quarterlight.recipe import NO_HEAD, ContrastStage, DistillStage, Recipe, SourceRecipe, TaskRecipe
+from quarterlight.recipe import NO_HEAD, NO_HEAD_SAVED, ContrastStage, DistillStage, Recipe, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
 from quarterlight.training.contrast import EmbedRecipe, PromptEmbedder, train_contrastive
@@ -161,8 +162,12 @@ def _silent(_: str) -> None:
     """What processes other than the first report."""
 
 
-SAID = ("pooling", "attention", "prompt_style", "positions", "max_pixels")
+SAID = ("pooling", "attention", "prompt_style", "positions", "max_pixels", "text_max_tokens", "system_prompt")
 """Keys of ``model`` that replace the checkpoint's settings of the same names where they are given."""
+
+_UNSAID = {"text_max_tokens": TEXT_MAX_TOKENS, "system_prompt": ""}
+"""What fingerprints have for settings that a recipe leaves to the checkpoint, whose own are in the checkpoint's hash:
+runs keep the fingerprints that they had when these were the defaults."""
 
 _Loss = TypeVar("_Loss", bound=EmbedRecipe)
 
@@ -196,7 +201,10 @@ class _Pipeline:
         What does not change it (how often to save, log and validate, how many workers) is left out.  A stage that is
         read counts as what lies in its folder, or as what this recipe would put there.
         """
-        settings: dict[str, Any] = {"seed": self.recipe.seed, "model": asdict(self.recipe.model)}
+        model = {name: value for name, value in asdict(self.recipe.model).items() if (name, value) != ("preset", None)}
+        for name, value in _UNSAID.items():
+            model[name] = value if model[name] is None else model[name]
+        settings: dict[str, Any] = {"seed": self.recipe.seed, "model": model}
         if stage != "start":
             one = settings[stage] = asdict(getattr(self.recipe, stage))
             for section, keys in _WITHOUT_EFFECT.items():
@@ -204,6 +212,14 @@ class _Pipeline:
                 for key in keys & where.keys():
                     if (stage, key) != ("rerank", "eval_queries"):  # they are held out of the training queries
                         del where[key]
+            if stage == "rerank" and one["checkpoint"] is None:
+                del one["checkpoint"]
+            if stage == "distill" and one["loss"]["instructions"] == "first":
+                del one["loss"]["instructions"]
+            if stage == "teach" and self.recipe.teach and self.recipe.teach.ranks == self.recipe.teach.depth:
+                del one["search_depth"]
+            if stage == "restore" and one["loss"]["max_pixels"] is None:
+                one["loss"]["max_pixels"] = MAX_PIXELS
             settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
         if stage != "restore":
             settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
@@ -257,6 +273,8 @@ class _Pipeline:
             found |= {f"truth: {one.label}": self._task_hash(truth, one.dataset, one.task) for one in tasks}
         if self.recipe.model.checkpoint is not None and self.recipe.first_model(stage) is None:
             found[self.recipe.model.checkpoint] = self._checkpoint_hash
+        if stage == "rerank" and self.recipe.rerank and self.recipe.rerank.checkpoint:
+            found[self.recipe.rerank.checkpoint] = self._trunk_hash
         if stage == "teach" and self.recipe.teach and self.recipe.teach.reranker:
             found[self.recipe.teach.reranker] = self._teacher_hash
         return found
@@ -264,12 +282,20 @@ class _Pipeline:
     @cached_property
     def _teacher_hash(self) -> str:
         assert self.recipe.teach is not None and self.recipe.teach.reranker is not None
-        return weights_hash(saved_tensors(reranker_folder(self.recipe.teach.reranker)))
+        return folder_hash(reranker_folder(self.recipe.teach.reranker))
+
+    @cached_property
+    def _trunk_hash(self) -> str:
+        assert self.recipe.rerank is not None and self.recipe.rerank.checkpoint is not None
+        return folder_hash(resolve_checkpoint(self.recipe.rerank.checkpoint))
 
     @cached_property
     def _checkpoint_hash(self) -> str:
         assert self.recipe.model.checkpoint is not None
-        return weights_hash(saved_tensors(resolve_checkpoint(self.recipe.model.checkpoint)))
+        folder = resolve_checkpoint(self.recipe.model.checkpoint)
+        released = preset_of(self.recipe.model.checkpoint, folder, self.recipe.model.preset)
+        content = [folder_hash(folder), *([asdict(released)] if released else [])]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def check_head(self) -> None:
         """Raises RecipeError when ``rerank`` would begin with an embedder that cannot write."""
@@ -279,6 +305,10 @@ class _Pipeline:
             config: Any = load_config(resolve_checkpoint(recipe.model.checkpoint))
             if not config.text_config.tie_word_embeddings:
                 raise RecipeError(NO_HEAD)
+        if recipe.first_model("rerank") is None and read_description(folder := self._before("rerank")):
+            tied = load_config(folder).text_config.tie_word_embeddings
+            if not tied and next(saved_tensors(folder, ["lm_head."]), None) is None:
+                raise RecipeError(NO_HEAD_SAVED.format(checkpoint=self._checkpoint("rerank")))
 
     def _file_hash(self, one: SourceRecipe) -> str:
         if one.file is None:
@@ -422,6 +452,7 @@ class _Pipeline:
         stage = self.recipe.restore
         assert stage is not None
         model, processor = self._backbone("restore", language_head=True)
+        settings = self._settings("restore")
         split = self.recipe.validation if stage.loss.eval_every else None
         train_restore(
             model,
@@ -429,7 +460,8 @@ class _Pipeline:
             sources=[self._source(one, "train") for one in stage.data],
             validation=[self._source(one, split) for one in stage.data if one.file is None] if split else [],
             weights=[one.weight for one in stage.data],
-            recipe=stage.loss,
+            positions=settings.positions,
+            recipe=replace(stage.loss, max_pixels=stage.loss.max_pixels or settings.max_pixels),
             optimizer=stage.optimizer,
             folder=work,
             seed=self.recipe.seed,
@@ -553,8 +585,8 @@ class _Pipeline:
             max_tiles=self._settings("rerank").max_tiles,
             max_pixels=self._settings("rerank").max_pixels,
             positions=self._settings("rerank").positions,
-            text_max_tokens=self.recipe.model.text_max_tokens,
-            system_prompt=self.recipe.model.system_prompt,
+            text_max_tokens=self._settings("rerank").text_max_tokens,
+            system_prompt=self._settings("rerank").system_prompt,
             fusion_weight=stage.fusion_weight,
         )
         trainer = train_rerank(
@@ -609,7 +641,7 @@ class _Pipeline:
 
     def _retrieve(self, stage: str, recipe: MineRecipe | None, work: Path, draft: Path) -> None:
         assert recipe is not None
-        embedder = Embedder(self._before(stage))
+        embedder = self._finder(stage)
         tasks = self._distinct_tasks(stage)
         mine(embedder, tasks, draft, recipe, seed=self.recipe.seed, cache=work / "embeddings", show_progress=True)
 
@@ -632,8 +664,8 @@ class _Pipeline:
         """What the embedder finds, scored by the reranker."""
         recipe = self.recipe.teach
         assert recipe is not None
-        teach(
-            Embedder(self._before("teach")),
+        counts = teach(
+            self._finder("teach"),
             Reranker(recipe.reranker or self.folder / "rerank"),
             self._distinct_tasks("teach"),
             draft,
@@ -642,6 +674,9 @@ class _Pipeline:
             cache=work,
             show_progress=True,
         )
+        if self.state.is_main_process:
+            said = json.dumps([asdict(one) for one in counts], indent=2)
+            (draft / "lists.json").write_text(said, encoding="utf-8")
 
     def mixture(self, stage: str) -> TaskMixture:
         """The training tasks of a stage, with the negatives that the stages before found for it."""
@@ -742,14 +777,48 @@ class _Pipeline:
         """The folder of the model that a stage begins with."""
         if first := self.recipe.first_model(stage):
             return self.folder / first
-        assert self.recipe.model.checkpoint is not None
-        return resolve_checkpoint(self.recipe.model.checkpoint)
+        return resolve_checkpoint(self._checkpoint(stage))
+
+    def _checkpoint(self, stage: str) -> str:
+        """Folder or hub id of the checkpoint that a stage begins with, if it begins with none of the run's models."""
+        own = self.recipe.rerank.checkpoint if stage == "rerank" and self.recipe.rerank else None
+        checkpoint = own or self.recipe.model.checkpoint
+        assert checkpoint is not None
+        return checkpoint
+
+    def _released(self, stage: str) -> Preset | None:
+        """What the folder of the checkpoint leaves out, for a stage that begins with weights that others released."""
+        if stage == "start" or self.recipe.first_model(stage) is not None:
+            return None
+        name = self._checkpoint(stage)
+        given = self.recipe.model.preset if name == self.recipe.model.checkpoint else None
+        return preset_of(name, resolve_checkpoint(name), given)
+
+    def _finder(self, stage: str) -> Embedder:
+        """The model that a stage looks for candidates with: that of a stage before it, or the checkpoint as this recipe
+        reads it."""
+        model = self.recipe.model
+        if self.recipe.first_model(stage) is not None:
+            return Embedder(self._before(stage))
+        assert model.checkpoint is not None
+        embedder = Embedder(
+            model.checkpoint, visual_token_compression=model.visual_token_compression, preset=model.preset
+        )
+        if (settings := self._settings(stage)) == embedder.settings:
+            return embedder
+        if settings.marked:
+            with_markers(embedder.model, embedder.processor.tokenizer, seed=self.recipe.seed)
+        # without a folder: what the recipe says otherwise may have changed the weights too
+        return Embedder.from_model(embedder.model, embedder.processor, settings, name=model.checkpoint)
 
     def _settings(self, stage: str) -> EmbedderSettings:
         model = self.recipe.model
-        before = EmbedderSettings() if stage == "start" else load_settings(self._before(stage))
+        if (released := self._released(stage)) is not None:
+            before = released.settings
+        else:
+            before = EmbedderSettings() if stage == "start" else load_settings(self._before(stage))
         said = {name: value for name in SAID if (value := getattr(model, name)) is not None}
-        return replace(before, text_max_tokens=model.text_max_tokens, system_prompt=model.system_prompt, **said)
+        return replace(before, **said)
 
     def _processor(self, stage: str) -> VTCProcessor:
         return load_processor(self.folder / stage)
@@ -757,14 +826,16 @@ class _Pipeline:
     def _backbone(
         self, stage: str, *, dtype: torch.dtype = torch.float32, language_head: bool = False
     ) -> tuple[Any, VTCProcessor]:
+        released = self._released(stage)
         model, processor = load_backbone(
             self._before(stage),
             visual_token_compression=self.recipe.model.visual_token_compression,
             dtype=dtype,
             language_head=language_head,
+            tower=released.tower if released else None,
         )
         if self._settings(stage).marked:  # of all stages alike, so that they share a tokenizer
-            with_markers(model, processor.tokenizer, seed=self.recipe.seed)
+            with_markers(model, processor.tokenizer, seed=released.marker_seed if released else self.recipe.seed)
         model.set_attn_implementation(self.recipe.model.attn_implementation)
         return model, processor
 

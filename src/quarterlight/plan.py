@@ -36,10 +36,11 @@ from quarterlight.data.registry import find
 from quarterlight.data.retrieval import PAGE_MAX_TILES, PAGE_TASK, PICTURE_MAX_TILES, RetrievalDataset
 from quarterlight.errors import DatasetError, RecipeError, did_you_mean
 from quarterlight.models.backbones import backbone_of
-from quarterlight.models.checkpoint import load_config, resolve_checkpoint
+from quarterlight.models.checkpoint import load_config, load_settings, resolve_checkpoint
 from quarterlight.models.flops import attention_flop, key_value_columns, text_flop, vision_flop
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
-from quarterlight.models.settings import MAX_PIXELS
+from quarterlight.models.presets import Preset, preset_of
+from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS
 from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
 from quarterlight.recipe import ContrastStage, DistillStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
@@ -220,8 +221,13 @@ class _Planner:
         self.config: Any = _config(recipe)  # transformers does not tell the types of its parts
         self.backbone = backbone_of(self.config)
         self.tile_tokens = self.backbone.tokens_per_tile(self.config)
-        self.sizes = _Sizes(recipe, data, lambda tiles: self.backbone.most_tiles(self.config, tiles, MAX_PIXELS))
+        self._max_pixels = _max_pixels(recipe)
+        self.sizes = _Sizes(recipe, data, self._most_tiles)
         self._adapters: dict[LoraRecipe, int] = {}
+
+    def _most_tiles(self, tiles: int, max_pixels: int | None = None) -> int:
+        """The most tiles, as the backbone cuts pictures, of one that may have so many tiles of so many pixels each."""
+        return self.backbone.most_tiles(self.config, tiles, max_pixels or self._max_pixels)
 
     def stage(self, name: str) -> StagePlan:
         """The plan of one stage."""
@@ -617,7 +623,29 @@ def _config(recipe: Recipe) -> Any:
         )
     if (shape := _shape(model.checkpoint)) is not None:
         return shape_config(shape, visual_token_compression=model.visual_token_compression)
-    return load_config(resolve_checkpoint(model.checkpoint), model.visual_token_compression)
+    released = _released(recipe)
+    tower = released.tower if released else None
+    return load_config(resolve_checkpoint(model.checkpoint), model.visual_token_compression, tower)
+
+
+def _released(recipe: Recipe) -> Preset | None:
+    """What the folder of the recipe's checkpoint leaves out, where others released it."""
+    model = recipe.model
+    if model.checkpoint is None or _shape(model.checkpoint) is not None:
+        return None
+    return preset_of(model.checkpoint, resolve_checkpoint(model.checkpoint), model.preset)
+
+
+def _max_pixels(recipe: Recipe) -> int:
+    """The most pixels of a picture, for each of its tiles: as the recipe says, or the checkpoint."""
+    model = recipe.model
+    if model.max_pixels is not None:
+        return model.max_pixels
+    if (released := _released(recipe)) is not None:
+        return released.settings.max_pixels
+    if model.checkpoint is None or _shape(model.checkpoint) is not None:
+        return MAX_PIXELS
+    return load_settings(resolve_checkpoint(model.checkpoint)).max_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -658,8 +686,9 @@ class _Source:
 class _Sizes:
     """How much data a recipe has, and of what size: as it lies there, or as the recipe says."""
 
-    def __init__(self, recipe: Recipe, data: Path | None, most: Callable[[int], int]) -> None:
-        """most: the most tiles of a picture that may have so many, as the backbone cuts pictures."""
+    def __init__(self, recipe: Recipe, data: Path | None, most: Callable[..., int]) -> None:
+        """most: the most tiles of a picture that may have so many, as the backbone cuts pictures; a second argument are
+        the pixels of a tile, where a stage has its own."""
         self.recipe = recipe
         self.data = data
         self.most = most
@@ -679,7 +708,7 @@ class _Sizes:
         """The entries of the data of ``restore``."""
         stage = self.recipe.restore
         assert stage is not None
-        most = self.most(stage.loss.max_tiles)
+        most = self.most(stage.loss.max_tiles, stage.loss.max_pixels)
         return [self._source(one, most) for one in stage.data]
 
     def _task(self, one: TaskRecipe) -> _Task:
@@ -721,7 +750,7 @@ class _Sizes:
     def _mean(self, items: Sequence[Item], max_tiles: int | None) -> _Side:
         if not items:
             return _Side(text=0, tiles=0)
-        longest = self.recipe.model.text_max_tokens
+        longest = self.recipe.model.text_max_tokens or TEXT_MAX_TOKENS
         return _Side(
             text=statistics.fmean(min(longest, len(item.text or "") / _CHARACTERS) for item in items),
             tiles=statistics.fmean(len(one.images) * self.most(max_tiles or one.max_tiles or 1) for one in items),

@@ -61,6 +61,11 @@ WITHOUT_MODEL = ("teacher", "mine", "retrieve", "judge", "rerank", "teach")
 """Stages that leave no model with which another stage begins."""
 
 
+NO_HEAD_SAVED = (
+    "rerank would begin with {checkpoint}, an embedder that was saved without the language head with which a reranker "
+    "answers: name the model that it was made from as rerank.checkpoint."
+)
+
 NO_HEAD = (
     "rerank.initial is finetune, but an embedder has no language head of its own, and this model does not use the "
     "embeddings of its words as one (tie_word_embeddings): say rerank.initial: restore."
@@ -171,14 +176,19 @@ class ModelRecipe:
     """entries of the tokenizer, which is trained on the texts of the mixture"""
     visual_token_compression: int = 2
     """s of the paper"""
-    text_max_tokens: int = 512
-    """tokens of an item's text above which its end is cut off, in training and in the checkpoint"""
+    preset: str | None = None
+    """for weights that others released, what their folder leaves out: a name of ``quarterlight.models.presets``;
+    without it, the one of the checkpoint's name, if there is one"""
+    text_max_tokens: int | None = None
+    """tokens of an item's text above which its end is cut off, in training and in the checkpoint; without it, as in the
+    checkpoint (a new one: 512)"""
     attn_implementation: str = "sdpa"
     """of training only; on CPUs the backward pass of fused attention costs more than everything else together"""
     position_columns: int = 0
     """columns of a new tower that start as positions, for structured attention; 0 starts it at random"""
-    system_prompt: str = ""
-    """a system turn before the user's, saved with the checkpoint"""
+    system_prompt: str | None = None
+    """a system turn before the user's, saved with the checkpoint, empty for none; without it, as in the checkpoint (a
+    new one: none)"""
     pooling: Literal["last_token", "mean"] | None = None
     """which hidden states become the embedding; without it, as in the checkpoint (a new model: last_token)"""
     attention: Literal["causal", "bidirectional"] | None = None
@@ -193,6 +203,10 @@ class ModelRecipe:
     def __post_init__(self) -> None:
         new = {"vision": self.vision, "text": self.text, "vocab_size": self.vocab_size}
         given = [name for name, value in new.items() if value]
+        if self.checkpoint is None and self.preset is not None:
+            raise RecipeError(
+                f"model.preset is {self.preset!r}, but there is no model.checkpoint whose folder it could complete."
+            )
         if self.checkpoint is not None and given:
             raise RecipeError(f"model.checkpoint brings its own sizes, so model.{given[0]} cannot be given beside it.")
         if self.checkpoint is None and len(given) < len(new):
@@ -286,6 +300,9 @@ class RerankStage:
     initial: Literal["restore", "finetune"] = "restore"
     """the model that it begins with: the trunk of stage 1, which writes (paper), or the embedder; without a stage that
     leaves such a model, the checkpoint.  A kept adapter of the embedder (``lora.keep``) is left out"""
+    checkpoint: str | None = None
+    """folder or hub id that it begins with, in place of what ``initial`` says: of the family and sizes of
+    ``model.checkpoint``, such as the model that writes from which that embedder was made"""
     fusion_weight: float = 1.0
     """saved with the reranker: its weight in a search, the cosine having the rest (paper: the reranker alone)"""
     keep_labelled: bool = False
@@ -383,7 +400,7 @@ class Recipe:
                         f"{stage}.weights has {name!r}, which its mixture {trouble}. {did_you_mean(name, set(names))}"
                     )
 
-        if self.rerank is not None and self.model.checkpoint is None:
+        if self.rerank is not None and self.model.checkpoint is None and self.rerank.checkpoint is None:
             if self.rerank.initial == "restore" and self.restore is None:
                 raise RecipeError(
                     "rerank.initial is restore, but the recipe has neither a stage restore nor a checkpoint: add one, "
@@ -444,7 +461,10 @@ class Recipe:
         return self.tasks("finetune") if user in ("rerank", "distill", "continue_hard") else self.mixture
 
     def first_model(self, stage: str) -> str | None:
-        """The stage that leaves the model that a stage begins with; ``None`` for the checkpoint."""
+        """The stage that leaves the model that a stage begins with; ``None`` for the checkpoint, or that of
+        ``rerank``."""
+        if stage == "rerank" and self.rerank is not None and self.rerank.checkpoint is not None:
+            return None
         earlier = self.stages[: self.stages.index(stage)]
         models = [one for one in earlier if one not in WITHOUT_MODEL]
         if stage == "rerank" and self.rerank is not None and self.rerank.initial == "restore":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.mining.test_negatives import ALL, Line
 
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.mining import teaching
+from quarterlight.mining import negatives, teaching
 from quarterlight.mining.negatives import MineRecipe, mine, read_mined
 from quarterlight.mining.teaching import TeachRecipe, read_taught, teach
 from quarterlight.records import Candidate, Item, Query
@@ -76,6 +77,23 @@ def test_a_positive_is_always_in_the_list(tmp_path: Path) -> None:
     assert own["q0"].dids == ("d3", "d4", "d0")
 
 
+def test_what_scores_too_high_makes_room_for_the_next(tmp_path: Path) -> None:
+    """Of twenty candidates at 5, 10, ... degrees the first five have a cosine of 0.9 and more."""
+    many = task("t2t", range(5, 105, 5), positive="d19", queries=2)
+
+    def go(**more: Any) -> tuple[Any, Any]:
+        recipe = TeachRecipe(depth=4, share=1.0, max_score=0.9, include_positive=False, **more)
+        folder = tmp_path / str(more)
+        (counts,) = teach(Line(), Judge(), [many], folder / "out", recipe, seed=0, cache=folder / "cache")
+        return read_taught(folder / "out", many)["q0"].dids, counts
+
+    dids, counts = go()
+    assert dids == ("d5", "d6", "d7", "d8")
+    assert (counts.num_queries, counts.num_pairs, counts.num_short, counts.num_without_positive) == (2, 8, 0, 2)
+    dids, counts = go(search_depth=7)
+    assert dids == ("d5", "d6", "d19") and counts.num_short == 2 and counts.num_without_positive == 0
+
+
 def test_a_share_of_the_queries_is_drawn(tmp_path: Path) -> None:
     many = task("t2t", range(10, 60, 5), queries=20)
     for seed in (0, 1):
@@ -120,11 +138,32 @@ def test_global_mining_names_what_comes_from_elsewhere(tmp_path: Path) -> None:
     assert read_mined(tmp_path / "own", OWN)["q0"] == ["d1", "d2", "d3", "d4"]
 
 
+def test_one_global_pool_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the candidates of all tasks, so that all together would be the square of them."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most: list[int] = []
+    make = negatives._Pool.__init__
+
+    def note(self: Any, *arguments: Any) -> None:
+        alive.add(self)
+        most.append(len(alive))
+        make(self, *arguments)
+
+    monkeypatch.setattr(negatives._Pool, "__init__", note)
+    tasks = [task(name, [80, 10, 20], positive=f"d{n}") for n, name in enumerate(("t2t", "t2i", "i2t"))]
+    everywhere = MineRecipe(depth=9, window=None, sample=None, pool="global")
+    counts = mine(Line(), tasks, tmp_path / "out", everywhere, seed=0, cache=tmp_path / "cache")
+    assert [one.num_candidates for one in counts] == [3, 3, 3]  # of all nine, copies once
+    assert len(most) >= len(tasks) and max(most) == 1
+
+
 def test_what_cannot_be_is_refused() -> None:
     for wrong, message in (
         ({"depth": 1}, "at least 2"),
         ({"share": 0.0}, "share must be above 0"),
         ({"max_score": 2.0}, "max_score"),
+        ({"search_depth": 49, "max_score": 0.7}, r"search_depth must be at least depth \(50\)"),
+        ({"search_depth": 100}, "of no use without max_score"),
     ):
         with pytest.raises(RecipeError, match=message):
             TeachRecipe(**wrong)

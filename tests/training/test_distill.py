@@ -17,7 +17,7 @@ from tests.training.test_distributed import in_two_processes
 from quarterlight.data.contrastive import TaskMixture
 from quarterlight.data.distill import DistillSampler, ScoredList
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.errors import DatasetError, InputError, RecipeError
 from quarterlight.losses.distill import distill
 from quarterlight.records import Item
 from quarterlight.training.collate import ContrastiveSteps
@@ -64,6 +64,29 @@ def one_step(checkpoint: Path, task: RetrievalTask, folder: Path, **loss: Any) -
     return one
 
 
+def test_instructions_are_drawn_anew_in_every_pass(task: RetrievalTask) -> None:
+    """Any of the task's, the same for the same step, whatever the lists say; a query with another keeps it."""
+    own = replace(task.queries[1], item=replace(task.queries[1].item, instruction="own"))
+    several = replace(task, queries=[task.queries[0], own, *task.queries[2:]], instructions=("a", "b", "c"))
+
+    def drawn(mode: Any) -> list[tuple[str, str | None]]:
+        sampler = DistillSampler(
+            TaskMixture(tasks=[several]), [lists_of(task)], batch_size=4, seed=3, instructions=mode
+        )
+        queries = [query for number in range(15) for query in sampler.batch(number).queries]
+        return [(query.qid, query.item.instruction) for query in queries]
+
+    found = drawn("random")
+    assert found == drawn("random")
+    assert [qid for qid, _ in found] == [qid for qid, _ in drawn("first")]
+    assert {one for qid, one in found if qid == own.qid} == {"own"}
+    others = {(qid, one) for qid, one in found if qid != own.qid}
+    assert {one for _, one in others} == {"a", "b", "c"} and len(others) > 11 * 1.5
+    assert {one for _, one in drawn("first")} == {"own", None}
+    with pytest.raises(InputError, match="instructions is one of first, random; got 'any'"):
+        drawn("any")
+
+
 def test_every_query_with_a_list_is_drawn_once_a_pass(task: RetrievalTask) -> None:
     lists = lists_of(task)
     sampler = DistillSampler(TaskMixture(tasks=[task]), [lists], batch_size=4, seed=3)
@@ -77,6 +100,7 @@ def test_every_query_with_a_list_is_drawn_once_a_pass(task: RetrievalTask) -> No
         assert tuple(batch.candidates[n].did for n in batch.column[row][some]) == wanted.dids
         assert batch.recall[row][some].tolist() == wanted.recall.tolist()
         assert batch.rerank[row][some].tolist() == wanted.rerank.tolist()
+    assert all(query.item.instruction is None for query in batch.queries)
     with pytest.raises(DatasetError, match="not in the pool"):
         other = {"q3": ScoredList(dids=("d0", "x"), recall=np.zeros(2, np.float32), rerank=np.zeros(2, np.float32))}
         DistillSampler(TaskMixture(tasks=[task]), [other], batch_size=1)

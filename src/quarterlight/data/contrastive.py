@@ -341,7 +341,7 @@ class BatchSampler:
         queries = [table.queries[number] for number in query.tolist()]
         if self.instructions == "random":
             chance = np.random.default_rng((self.seed, step, 0, 2)).random(len(query)).tolist()
-            queries = [_instructed(*row) for row in zip(queries, tasks, chance, strict=True)]
+            queries = [instructed(*row) for row in zip(queries, tasks, chance, strict=True)]
         return ContrastiveBatch(
             tasks=tasks,
             queries=queries,
@@ -365,7 +365,7 @@ class BatchSampler:
         return plan.query[index], plan.target[index]
 
 
-def _instructed(query: Query, task: RetrievalTask, chance: float) -> Query:
+def instructed(query: Query, task: RetrievalTask, chance: float) -> Query:
     """The query with one of the instructions of its task, by a number in [0, 1)."""
     if not task.instructions or query.item.instruction not in (None, *task.instructions):
         return query

@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.data.contrastive import Batch, Schedule, TaskMixture
+from quarterlight.data.contrastive import Batch, Instructions, Schedule, TaskMixture, instructed
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.records import Candidate
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 _Floats: TypeAlias = npt.NDArray[np.float32]
 
-_ORDER = 11  # sets the order of a task apart from what else is drawn from the same seed
+_ORDER, _INSTRUCTION = 11, 12  # set apart what is drawn from the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class DistillSampler:
 
     mixture: tasks and how often each is drawn.
     lists: for each of its tasks, query id -> what is distilled; other queries are not trained on.
-    batch_size: rows of a batch, over all devices together.  seed: decides the order.
+    batch_size: rows of a batch, over all devices together.  seed: decides order and instructions.
+    instructions: as of :class:`quarterlight.data.contrastive.BatchSampler`.
     Raises DatasetError when there is no list with two candidates, or one names a candidate that the task lacks.
     """
 
@@ -66,7 +67,10 @@ class DistillSampler:
         *,
         batch_size: int,
         seed: int = 0,
+        instructions: Instructions = "first",
     ) -> None:
+        if instructions not in get_args(Instructions):
+            raise InputError(f"instructions is one of {', '.join(get_args(Instructions))}; got {instructions!r}.")
         if batch_size < 1 or seed < 0 or len(lists) != len(mixture.tasks):
             raise InputError(
                 "A batch has at least 1 row, a seed is not negative, and every task has its lists; got "
@@ -74,6 +78,8 @@ class DistillSampler:
             )
         self.batch_size = batch_size
         self.seed = seed
+        self.instructions = instructions
+        self._tasks = mixture.tasks
         self._queries = [
             [query for query in task.queries if query.qid in found and len(found[query.qid].dids) > 1]
             for task, found in zip(mixture.tasks, lists, strict=True)
@@ -119,6 +125,10 @@ class DistillSampler:
             listed[row, :length] = True
             recall[row, :length], rerank[row, :length] = one.recall, one.rerank
             candidates += [self._candidates[task][did] for did in one.dids]
+        if self.instructions == "random":
+            chance = np.random.default_rng((self.seed, _INSTRUCTION, step)).random(len(rows)).tolist()
+            tasks = [self._tasks[task] for task, _ in rows]
+            queries = [instructed(*row) for row in zip(queries, tasks, chance, strict=True)]
         return DistillBatch(
             queries=queries, candidates=candidates, column=column, listed=listed, recall=recall, rerank=rerank
         )

@@ -156,21 +156,29 @@ def mine(
     shown = [one.item for task in tasks for side in (task.queries, task.candidates) for one in side]
     contents.read(shown, show_progress=show_progress and process.is_main_process)
     _check_readable(contents.problems, contents, recipe)
-    searched = [global_task(task, tasks) for task in tasks] if recipe.pool == "global" else tasks
-    pools = [_Pool(task, contents, None if only is None else only[task.label]) for task in searched]
-    marks = [pool.fingerprint(embedder.model_hash, recipe, seed) for pool in pools]
-    missing = [pool for pool, mark, file in zip(pools, marks, files, strict=True) if _notes(file).get("mark") != mark]
+    # One pool at a time, made again when it is searched: each of a global search is as large as all tasks together.
+    missing: list[tuple[RetrievalTask, Path, str]] = []
+    wanted: dict[Role, dict[bytes, Item]] = {role: {} for role in get_args(Role)}
+    for task, file in zip(tasks, files, strict=True):
+        pool = _pool(task, tasks, contents, recipe, only)
+        mark = pool.fingerprint(embedder.model_hash, recipe, seed)
+        if _notes(file).get("mark") != mark:
+            missing.append((task, file, mark))
+            for role, items in pool.items.items():
+                wanted[role] |= items
+        del pool
     process.wait_for_everyone()  # or one process would see what another has finished meanwhile
 
     embeddings = Embeddings(embedder, cache)
-    for role in get_args(Role):
-        items = {key: item for pool in missing for key, item in pool.items[role].items()}
+    for role, items in wanted.items():
         embeddings.add(role, items, show_progress=show_progress)
         bad = [embeddings.problems[role][key] for key in items if key in embeddings.problems[role]]
         _check_readable([*contents.problems, *bad], contents, recipe)
-    for pool, mark, file in zip(pools, marks, files, strict=True):
-        if pool in missing:
-            _Miner(pool, embeddings, recipe, seed, mark).write(file, show_progress=show_progress)
+    wanted.clear()
+    for task, file, mark in missing:
+        searched = _pool(task, tasks, contents, recipe, only)
+        _Miner(searched, embeddings, recipe, seed, mark).write(file, show_progress=show_progress)
+        del searched
     process.wait_for_everyone()
     notes = [_notes(file) for file in files]
     if process.is_main_process:
@@ -253,6 +261,17 @@ class _Pool:
                 digest.update(answer)
             digest.update(b"".join(sorted(self.positives.get(query.qid, ()))))
         return digest.hexdigest()
+
+
+def _pool(
+    task: RetrievalTask,
+    tasks: Sequence[RetrievalTask],
+    contents: Contents,
+    recipe: MineRecipe,
+    only: Mapping[str, Collection[str]] | None,
+) -> _Pool:
+    searched = global_task(task, tasks) if recipe.pool == "global" else task
+    return _Pool(searched, contents, None if only is None else only[task.label])
 
 
 class _Query(NamedTuple):

@@ -30,6 +30,9 @@ from quarterlight.training.embeddings import Contents, Embeddings, Encoder
 PART = 64
 """Queries scored and written at once: so many are lost at most when a process is killed."""
 
+SEARCH_FACTOR = 4
+"""Times a list's length that is searched for it where what scores too high is left out."""
+
 SCHEMA = pa.schema(
     [
         pa.field("qid", pa.string(), nullable=False),
@@ -70,7 +73,9 @@ class TeachRecipe:
     include_positive: bool = True
     """a list without any of the query's positives has the best of them in place of its last candidate"""
     max_score: float | None = None
-    """cosine with the query from which on what is no known answer is left out"""
+    """cosine with the query from which on what is no known answer is left out, and the next takes its place"""
+    search_depth: int | None = None
+    """ranks among which these are looked for; without it, four times ``depth`` under ``max_score``, else ``depth``"""
     reranker: str | None = None
     """folder or hub id of the teacher; without it, the reranker of the run"""
     max_unreadable: float = 0.01
@@ -81,6 +86,15 @@ class TeachRecipe:
             raise RecipeError(f"depth must be at least 2, or there is nothing to tell apart; got {self.depth}.")
         if not 0 < self.share <= 1:
             raise RecipeError(f"share must be above 0 and at most 1, got {self.share}.")
+        if self.search_depth is not None and self.search_depth < self.depth:
+            raise RecipeError(
+                f"search_depth must be at least depth ({self.depth}), of which the list is made; got "
+                f"{self.search_depth}."
+            )
+        if self.search_depth is not None and self.max_score is None:
+            raise RecipeError(
+                f"search_depth ({self.search_depth}) is of no use without max_score, which alone leaves ranks out."
+            )
         for kind in self.kinds:
             self.search(kind)
 
@@ -89,16 +103,38 @@ class TeachRecipe:
         """The pools that are searched."""
         return ("local", "global") if self.pool == "mixed" else (self.pool,)
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that are looked at."""
+        return self.search_depth or self.depth * (1 if self.max_score is None else SEARCH_FACTOR)
+
     def search(self, kind: Literal["local", "global"]) -> MineRecipe:
         """What is looked for in one of them. Raises RecipeError for a value that cannot be."""
         return MineRecipe(
-            depth=self.depth,
+            depth=self.ranks,
             window=None,
-            sample=None,
+            sample=self.depth,
             pool=kind,
             max_score=self.max_score,
             max_unreadable=self.max_unreadable,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtCounts:
+    """What was scored for one task.
+
+    num_queries: those that were drawn.  num_pairs: rows of the file.
+    num_short: queries with a list of fewer than ``depth`` candidates, those without any included.
+    num_without_positive: queries whose list has no positive.
+    """
+
+    dataset: str
+    task: str
+    num_queries: int
+    num_pairs: int
+    num_short: int
+    num_without_positive: int
 
 
 def teach(
@@ -111,7 +147,7 @@ def teach(
     seed: int,
     cache: Path,
     show_progress: bool = False,
-) -> None:
+) -> list[TaughtCounts]:
     """Writes ``<dataset>.<task>.parquet`` (:data:`SCHEMA`) for every task into ``folder``; finished ones stay.
 
     What is embedded, found and scored goes to ``cache`` as it comes, and a stopped run goes on from there.  Under a
@@ -149,6 +185,19 @@ def teach(
             pool = global_task(task, tasks) if "global" in recipe.kinds else task
             _Scorer(pool, some, reranker, cache / "scored", asdict(recipe)).write(mined_file(folder, task), bar.update)
     process.wait_for_everyone()
+    return [_counts(task, some, recipe.depth) for task, some in zip(tasks, lists, strict=True)]
+
+
+def _counts(task: RetrievalTask, lists: _Lists, depth: int) -> TaughtCounts:
+    right = {query.qid: {*query.positives} for query in task.queries if query.qid in lists}
+    return TaughtCounts(
+        dataset=task.dataset,
+        task=task.task,
+        num_queries=len(lists),
+        num_pairs=sum(map(len, lists.values())),
+        num_short=sum(len(one) < depth for one in lists.values()),
+        num_without_positive=sum(right[qid].isdisjoint(did for did, _ in one) for qid, one in lists.items()),
+    )
 
 
 def read_taught(folder: Path, task: RetrievalTask) -> dict[str, ScoredList]:

@@ -83,6 +83,12 @@ RERANKER_ADAPTER = "adapter"
 PEFT_PREFIX = "base_model.model."
 """Of the names in adapter files, for those who wrap a model rather than change it."""
 
+_READ_WITH_WEIGHTS = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+"""Files of a folder that change what its weights make of an item."""
+
 FORMAT = 1
 """Version of the layout above; a higher one cannot be read by this program."""
 
@@ -609,6 +615,23 @@ def saved_adapter(folder: Path, name: str = ADAPTER) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     content.pop("peft_version")
     return content
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256, in hex, of all in a folder that a model is made of: weights, adapters, settings, temperature, tokenizer,
+    and how pictures are prepared.  How it was made is left out.  Reads all weights."""
+    description = read_description(folder)
+    recipe = {
+        "weights": weights_hash(saved_tensors(folder)),
+        "adapters": [saved_adapter(folder, name) for name in (ADAPTER, RERANKER_ADAPTER)],
+        "says": {name: description.get(name) for name in ("kind", "settings", "temperature")},
+        "files": {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in _READ_WITH_WEIGHTS
+            if (folder / name).is_file()
+        },
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def saved_tensors(folder: Path, only: Sequence[str] = ("",)) -> Iterator[tuple[str, Tensor]]:

@@ -23,6 +23,9 @@ def default_instructions() -> dict[Role, dict[str, str]]:
 MAX_PIXELS = 300 * 28 * 28
 """Of a picture, for Qwen-VL: 300 visual tokens of 28 x 28 pixels before compression (U-MARVEL)."""
 
+TEXT_MAX_TOKENS = 512
+"""Of an item's text."""
+
 _S = TypeVar("_S", bound="_Settings")
 
 
@@ -39,7 +42,7 @@ class _Settings:
     as many; 28 x 28 (Qwen3-VL: 32 x 32) are a visual token before compression"""
     positions: Positions = Positions.MROPE
     """for Qwen-VL: where visual tokens stand"""
-    text_max_tokens: int = 512
+    text_max_tokens: int = TEXT_MAX_TOKENS
     """tokens of an item's text above which its end is cut off; the template and the pictures are never cut"""
     system_prompt: str = ""
     """a system turn before the user's; none when empty, as in InternVL3's -hf checkpoints"""

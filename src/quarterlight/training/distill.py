@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quarterlight.data.contrastive import Batch, TaskMixture
+from quarterlight.data.contrastive import Batch, Instructions, TaskMixture
 from quarterlight.data.distill import DistillBatch, DistillSampler, ScoredList
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
@@ -33,6 +33,8 @@ class DistillRecipe(EmbedRecipe):
     """queries of a batch on each device, each with its whole list (U-MARVEL: 2)"""
     recall_weight: float = 0.5
     """a of the teacher's score, a * cosine + (1 - a) * P(Yes) (U-MARVEL: 0.5)"""
+    instructions: Instructions = "first"
+    """of a query that may have several: the first, or ``random``, any of them whenever it is in a batch (U-MARVEL)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +90,13 @@ def train_distill(
     lists: for each task of the mixture, query id -> its list.
     Processes, sharded weights and resuming are as in :func:`quarterlight.training.contrast.train_contrastive`.
     """
-    sampler = DistillSampler(mixture, lists, batch_size=recipe.batch_size * world_size(), seed=seed)
+    sampler = DistillSampler(
+        mixture,
+        lists,
+        batch_size=recipe.batch_size * world_size(),
+        seed=seed,
+        instructions=recipe.instructions,
+    )
     return fit(
         DistillTrainer,
         model,

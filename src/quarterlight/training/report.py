@@ -103,6 +103,7 @@ def write_report(folder: Path, stages: Sequence[Path]) -> Path:
         _loss_notes(done),
         _validation(done, shown),
         _mined(done),
+        _taught(done),
         _judged(done, folder),
         _recipe(done),
     ]
@@ -234,6 +235,19 @@ def _held_out_rows(stage: _Stage) -> str:
     return f"Queries with judged candidates, in pairs and in lists:\n\n{_table(columns, rows)}\n" + (
         said.format(**counts) if counts else ""
     )
+
+
+def _taught(done: Sequence[_Stage]) -> str:
+    """The lists of ``teach``, of which some may be shorter than they should be."""
+    rows = []
+    for stage in done:
+        for one in _read_json(stage.folder / "lists.json") or () if stage.name == "teach" else ():
+            numbers = ("num_queries", "num_pairs", "num_short", "num_without_positive")
+            rows.append([f"{one['dataset']}/{one['task']}", *(f"{one[name]:,}" for name in numbers)])
+    if not rows:
+        return ""
+    columns = ["lists of the teacher", "queries", "pairs", "short lists", "without a positive"]
+    return f"Candidates that a reranker scored; a short list has fewer than `teach.depth`:\n\n{_table(columns, rows)}"
 
 
 def _mined(done: Sequence[_Stage]) -> str:

@@ -53,8 +53,9 @@ class RestoreRecipe:
     """packs of a batch on each device"""
     max_tiles: int = 4
     """the most tiles of a picture; a thumbnail is added to more than one (paper: 4)"""
-    max_pixels: int = MAX_PIXELS
-    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles"""
+    max_pixels: int | None = None
+    """for Qwen-VL: the most pixels of a picture, for each of its max_tiles; without it, as an embedder made of the same
+    checkpoint has them (``model.max_pixels``, or 300 visual tokens)"""
     eval_every: int = 1000
     """steps between measurements of the loss on held-out conversations; 0 for none"""
     eval_conversations: int = 500
@@ -66,8 +67,8 @@ class RestoreRecipe:
         least = {"max_tokens": 1, "packs_per_device": 1, "max_tiles": 1, "max_pixels": 1, "eval_conversations": 1}
         least["eval_every"] = 0
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise RecipeError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+            if (given := getattr(self, name)) is not None and given < value:
+                raise RecipeError(f"{name} must be at least {value}, got {given}.")
         if not 0 <= self.max_unreadable <= 1:
             raise RecipeError(f"max_unreadable must be from 0 to 1, got {self.max_unreadable}.")
 
@@ -84,10 +85,10 @@ class ConversationTokenizer:
     Labelled are the tokens of the assistant's words and the end of its turns.
     """
 
-    def __init__(self, processor: VTCProcessor, max_tiles: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, processor: VTCProcessor, max_tiles: int, max_pixels: int | None = None) -> None:
         self.processor = processor
         self.max_tiles = max_tiles
-        self.max_pixels = max_pixels
+        self.max_pixels = max_pixels or MAX_PIXELS
         self._plain = PlainText(processor.tokenizer, heeded=_GROUNDING)
         self._frame = lru_cache(maxsize=16)(self._encode)
 
@@ -149,10 +150,12 @@ class PackCollator:
     A picture that cannot be read becomes white tiles, and what is said of it loses its labels.
     """
 
-    def __init__(self, processor: VTCProcessor, recipe: RestoreRecipe) -> None:
+    def __init__(self, processor: VTCProcessor, recipe: RestoreRecipe, positions: Positions = Positions.MROPE) -> None:
         self.processor = processor
+        self.positions = positions
         self.slices = math.ceil(recipe.packs_per_device * recipe.max_tokens / _SLICE)
-        self.pictures = Pictures(processor.image_processor, max_tiles=recipe.max_tiles, max_pixels=recipe.max_pixels)
+        max_pixels = recipe.max_pixels or MAX_PIXELS
+        self.pictures = Pictures(processor.image_processor, max_tiles=recipe.max_tiles, max_pixels=max_pixels)
 
     def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
         """One row a pack.
@@ -180,7 +183,7 @@ class PackCollator:
                 labelled[row, start:stop] = sample.labelled
                 if len(axes) > 1:
                     axes[:, row, start:stop] = self.processor.positions(
-                        sample.ids.tolist(), sample.tiles, Positions.MROPE
+                        sample.ids.tolist(), sample.tiles, self.positions
                     )
                 if sample.images:
                     one, reasons = self._tiles(sample)
@@ -349,11 +352,13 @@ def train_restore(
     folder: Path,
     seed: int,
     weights: Sequence[float] | None = None,
+    positions: Positions = Positions.MROPE,
 ) -> RestoreTrainer:
     """Trains all weights of ``model`` in place on packed conversations, and returns its trainer.
 
     weights: share of the conversations of each source, relative to the others; ``None`` gives each conversation the
         same chance.
+    positions: for Qwen-VL, where visual tokens stand.
     Under a launcher of several processes they train together.  Where the weights are sharded, the first process's model
     has them whole in the end.  Resumes from ``folder`` if a run was stopped there.
     """
@@ -363,7 +368,7 @@ def train_restore(
         raise RecipeError("With flash attention packs_per_device must be 1: accumulate gradients, or take sdpa.")
     tokenize = ConversationTokenizer(processor, recipe.max_tiles, recipe.max_pixels)
     sampler = PackedSampler(sources, tokenize=tokenize, max_tokens=recipe.max_tokens, weights=weights, seed=seed)
-    collate = PackCollator(processor, recipe)
+    collate = PackCollator(processor, recipe, positions)
     packs, accumulated = recipe.packs_per_device * world_size(), optimizer.gradient_accumulation_steps
     num_packs = math.ceil(sum(map(len, sources)) / sampler.conversations_per_pack)
     num_steps = optimizer.steps(num_packs, packs * accumulated)
