@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import InputError, did_you_mean
 from quarterlight.evaluation.retrieval import Encoder, Reranker, RetrievalEvaluator
 from quarterlight.metrics.ranking import METRICS
-from quarterlight.models.settings import RerankerSettings
-from quarterlight.records import Item
 
 SPLIT = "val"
 """The one split that a weight may be chosen on: on test, it would be an answer that was looked up."""
@@ -79,8 +74,8 @@ def tune_fusion(
         raise InputError(f"Weights to try are one or more numbers from 0 to 1, got {list(weights)}.")
     if metric not in METRICS:
         raise InputError(f"There is no metric {metric!r}. {did_you_mean(metric, METRICS)}")
-    remembering = _Remembering(reranker)
-    evaluator = RetrievalEvaluator(embedder, group_by=(), reranker=remembering, rerank=rerank)
+    # which asks the reranker about every pair once
+    evaluator = RetrievalEvaluator(embedder, group_by=(), reranker=reranker, rerank=rerank)
     tuned = []
     for task in tasks:
         scores: dict[float, float] = {}
@@ -93,31 +88,8 @@ def tune_fusion(
                 raise InputError(f"{task.label} has no query that can be scored, so that no weight is better.")
             scores[weight], num_queries = found.metrics[metric], found.num_queries
             evaluator.on_rerank = lambda done, total: None
-        remembering.forget()
         best = max(scores, key=lambda weight: (scores[weight], -weight))
         tuned.append(
             TunedWeight(dataset=task.dataset, task=task.task, weight=best, scores=scores, num_queries=num_queries)
         )
     return tuned
-
-
-class _Remembering:
-    """A reranker that is asked about every pair once."""
-
-    def __init__(self, reranker: Reranker) -> None:
-        self._reranker = reranker
-        self._score: dict[tuple[Item, Item], float] = {}
-
-    @property
-    def settings(self) -> RerankerSettings:
-        return self._reranker.settings
-
-    def predict(self, pairs: Sequence[tuple[Item, Item]], /) -> npt.NDArray[np.float32]:
-        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._score]
-        if missing:
-            self._score.update(zip(missing, self._reranker.predict(missing).tolist(), strict=True))
-        return np.array([self._score[pair] for pair in pairs], np.float32)
-
-    def forget(self) -> None:
-        """What was said of a task that is done."""
-        self._score.clear()

@@ -156,7 +156,9 @@ class ShardFolder:
 
         shards: with the keys, among those that are done, of what is wanted of them.
         """
-        tables, done, problems = [], [], []
+        tables: list[pa.Table] = []
+        done: list[str] = []
+        problems: list[ShardProblem] = []
         for info, keys in shards:
             with readable(self.folder):
                 table = pq.read_table(info.path)
@@ -213,7 +215,7 @@ class ShardFolder:
             ) from error
 
     def add_lists(self, keys: Iterable[str]) -> None:
-        """Notes that some lists of items, by :func:`quarterlight.index.rows.list_key`, have been embedded as a whole."""
+        """Notes that some lists of items, by :func:`quarterlight.index.rows.list_key`, are embedded as a whole."""
         with writable(self.folder):
             _replace(self.folder / "lists.json", json.dumps(sorted(self.lists().union(keys)), indent=2) + "\n")
 
