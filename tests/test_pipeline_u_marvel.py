@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from quarterlight.mining.teaching import read_taught
 from quarterlight.models import presets
 from quarterlight.models.checkpoint import load_settings, load_temperature
 from quarterlight.models.embedder import Embedder
+from quarterlight.models.pair import load_pair
 from quarterlight.models.presets import PRESETS
 from quarterlight.models.reranker import Reranker
 from quarterlight.models.settings import EmbedderSettings
@@ -55,6 +56,11 @@ def test_qwen_from_captions_to_distillation(
 ) -> None:
     plain = plain_qwen("qwen2_vl", tmp_path / "plain", tokenizer)
     learnt = {"learn_temperature": True, "inherit_temperature": True, "temperature": 0.05}
+    rerank = {
+        "optimizer": STEP,
+        "loss": {"batch_size": 1, "listwise_weight": 0.0, "eval_every": 0, "eval_queries": 0},
+        "lora": LORA,
+    }
     whole = make(
         {
             "checkpoint": str(plain),
@@ -67,11 +73,7 @@ def test_qwen_from_captions_to_distillation(
         warmup=contrast(sub_batch_size=1, **learnt),
         mine={"depth": 6, "window": None, "sample": 3, "pool": "global", "max_score": 0.999},
         hard_negatives=contrast(num_negatives=2, fill="repeat", **learnt),
-        rerank={
-            "optimizer": STEP,
-            "loss": {"batch_size": 1, "listwise_weight": 0.0, "eval_every": 0, "eval_queries": 0},
-            "lora": LORA,
-        },
+        rerank=rerank,
         teach={"depth": 4, "share": 0.1},
         distill={"optimizer": STEP, "loss": {"batch_size": 1, "eval_every": 0, **learnt}, "lora": LORA},
     )
@@ -94,6 +96,28 @@ def test_qwen_from_captions_to_distillation(
         tmp_path / "run" / "teach", _Pipeline(whole, DATA, tmp_path / "run")._distinct_tasks("teach")[0]
     )
     assert found and all(len(one.dids) == 4 for one in found.values())
+    counts = json.loads((tmp_path / "run" / "teach" / "lists.json").read_text())
+    assert [one["num_short"] for one in counts] == [0, 0]
+    assert "| emoji/t2i | 1 | 4 | 0 | 0 |" in (tmp_path / "run" / "report.md").read_text()
+
+    # U-MARVEL+: another reranker, for what the distilled embedder finds
+    plus = make(
+        {**asdict(whole.model), "checkpoint": str(folder)},
+        retrieve={"depth": 4, "window": None, "sample": None},
+        rerank={**rerank, "checkpoint": str(plain)},
+    )
+    both = run(plus, DATA, tmp_path / "plus", report=lambda _: None)
+    pair, _ = load_pair(both, dtype=torch.float32, device="cpu")
+    np.testing.assert_array_equal(pair.encode_query(items, instruction="Find it."), rows)
+    assert pair.model_hash == embedder.model_hash
+    inputs = json.loads((both / "manifest.json").read_text())["inputs_sha256"]
+    assert {str(folder), str(plain)} < inputs.keys()
+    headless = replace(plus, rerank=replace(plus.rerank, checkpoint=None))
+    with pytest.raises(RecipeError, match=r"without the language head .* as rerank\.checkpoint"):
+        run(headless, DATA, tmp_path / "headless", report=lambda _: None)
+    taught = replace(whole, rerank=replace(whole.rerank, initial="finetune"))
+    with pytest.raises(RecipeError, match="no language head of its own"):
+        run(taught, DATA, tmp_path / "taught", report=lambda _: None)
 
 
 def test_internvl_in_the_style_of_u_marvel_opens_everywhere(tmp_path: Path, tiny_checkpoint: Path) -> None:

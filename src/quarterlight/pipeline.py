@@ -302,12 +302,10 @@ class _Pipeline:
         recipe = self.recipe
         assert recipe.rerank is not None
         if recipe.model.checkpoint is not None and recipe.first_model("rerank") in recipe.contrast:
-            config: Any = load_config(resolve_checkpoint(recipe.model.checkpoint))
-            if not config.text_config.tie_word_embeddings:
+            if not _is_tied(resolve_checkpoint(recipe.model.checkpoint)):
                 raise RecipeError(NO_HEAD)
         if recipe.first_model("rerank") is None and read_description(folder := self._before("rerank")):
-            tied = load_config(folder).text_config.tie_word_embeddings
-            if not tied and next(saved_tensors(folder, ["lm_head."]), None) is None:
+            if not _is_tied(folder) and next(saved_tensors(folder, ["lm_head."]), None) is None:
                 raise RecipeError(NO_HEAD_SAVED.format(checkpoint=self._checkpoint("rerank")))
 
     def _file_hash(self, one: SourceRecipe) -> str:
@@ -873,6 +871,12 @@ def _with_tiles(task: RetrievalTask, max_tiles: int) -> RetrievalTask:
         queries=[replace(one, item=replace(one.item, max_tiles=max_tiles)) for one in task.queries],
         candidates=[replace(one, item=replace(one.item, max_tiles=max_tiles)) for one in task.candidates],
     )
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether a model's language head is the embeddings of its words."""
+    config: Any = load_config(folder)  # InternVL says it of its text model, Qwen-VL of the whole
+    return bool(getattr(config.text_config, "tie_word_embeddings", config.tie_word_embeddings))
 
 
 def _remove(folder: Path) -> None:

@@ -588,7 +588,8 @@ class _Planner:
             return _numel(self._embedder)
         if lora not in self._adapters:
             model = self._model()
-            add_lora(model, lora, seed=0)
+            with no_init_weights(), torch.device("meta"):  # gigabytes of adapters otherwise
+                add_lora(model, lora, seed=0)
             self._adapters[lora] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         return self._adapters[lora]
 
