@@ -213,7 +213,7 @@ class ShardFolder:
             ) from error
 
     def add_lists(self, keys: Iterable[str]) -> None:
-        """Notes that some lists of items, by :func:`quarterlight.index.rows.list_key`, have been embedded as a whole."""
+        """Notes that some lists of items, by :func:`quarterlight.index.rows.list_key`, have been embedded whole."""
         with writable(self.folder):
             _replace(self.folder / "lists.json", json.dumps(sorted(self.lists().union(keys)), indent=2) + "\n")
 

@@ -43,7 +43,7 @@ class EmbedConfig:
     """How the work is cut."""
 
     items_per_shard: int = 500
-    """files, or lines of a list (at least one piece of it), in a shard: the most work that a kill can cost each worker"""
+    """files, or lines of a list (at least 50), in a shard: the most work that a kill can cost each worker"""
     items_per_group: int = 32
     """parts decoded before they go to the model together"""
     bytes_per_group: int = 32 * 2**20
