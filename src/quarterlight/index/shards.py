@@ -156,7 +156,9 @@ class ShardFolder:
 
         shards: with the keys, among those that are done, of what is wanted of them.
         """
-        tables, done, problems = [], [], []
+        tables: list[pa.Table] = []
+        done: list[str] = []
+        problems: list[ShardProblem] = []
         for info, keys in shards:
             with readable(self.folder):
                 table = pq.read_table(info.path)
