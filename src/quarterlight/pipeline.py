@@ -301,12 +301,13 @@ class _Pipeline:
         """Raises RecipeError when ``rerank`` would begin with an embedder that cannot write."""
         recipe = self.recipe
         assert recipe.rerank is not None
-        if recipe.model.checkpoint is not None and recipe.first_model("rerank") in recipe.contrast:
-            if not _is_tied(resolve_checkpoint(recipe.model.checkpoint)):
-                raise RecipeError(NO_HEAD)
-        if recipe.first_model("rerank") is None and read_description(folder := self._before("rerank")):
-            if not _is_tied(folder) and next(saved_tensors(folder, ["lm_head."]), None) is None:
-                raise RecipeError(NO_HEAD_SAVED.format(checkpoint=self._checkpoint("rerank")))
+        checkpoint, first = recipe.model.checkpoint, recipe.first_model("rerank")
+        if checkpoint is not None and first in recipe.contrast and not _is_tied(resolve_checkpoint(checkpoint)):
+            raise RecipeError(NO_HEAD)
+        if first is not None or not read_description(folder := self._before("rerank")):
+            return
+        if not _is_tied(folder) and next(saved_tensors(folder, ["lm_head."]), None) is None:
+            raise RecipeError(NO_HEAD_SAVED.format(checkpoint=self._checkpoint("rerank")))
 
     def _file_hash(self, one: SourceRecipe) -> str:
         if one.file is None:
