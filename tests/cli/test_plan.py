@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from quarterlight.cli import console
 from quarterlight.cli.main import program
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "magic_mm_2b.yaml"
 
 
 def test_the_plan_stands_beside_the_papers_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console.out, "width", 140)
+    monkeypatch.setenv("COLUMNS", "140")
     result = CliRunner().invoke(program(), ["train", str(RECIPE), "--dry-run"])
     assert result.exit_code == 0, result.output
     rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -26,7 +25,7 @@ def test_the_plan_stands_beside_the_papers_figures(monkeypatch: pytest.MonkeyPat
 
 
 def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console.out, "width", 140)
+    monkeypatch.setenv("COLUMNS", "140")
     command = ["train", str(RECIPE), "--dry-run", "--device", "L20", "--devices", "8"]
     result = CliRunner().invoke(program(), [*command, "--set", "restore=null"])
     assert result.exit_code == 0, result.output

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import InputError, did_you_mean
+from quarterlight.evaluation.pair_scores import Pair, PairScores
 from quarterlight.evaluation.retrieval import Encoder, Reranker, RetrievalEvaluator
 from quarterlight.metrics.ranking import METRICS
+from quarterlight.models.settings import RerankerSettings
 
 SPLIT = "val"
 """The one split that a weight may be chosen on: on test, it would be an answer that was looked up."""
@@ -74,8 +79,7 @@ def tune_fusion(
         raise InputError(f"Weights to try are one or more numbers from 0 to 1, got {list(weights)}.")
     if metric not in METRICS:
         raise InputError(f"There is no metric {metric!r}. {did_you_mean(metric, METRICS)}")
-    # which asks the reranker about every pair once
-    evaluator = RetrievalEvaluator(embedder, group_by=(), reranker=reranker, rerank=rerank)
+    evaluator = RetrievalEvaluator(embedder, group_by=(), reranker=_Remembering(reranker), rerank=rerank)
     tuned = []
     for task in tasks:
         scores: dict[float, float] = {}
@@ -93,3 +97,22 @@ def tune_fusion(
             TunedWeight(dataset=task.dataset, task=task.task, weight=best, scores=scores, num_queries=num_queries)
         )
     return tuned
+
+
+class _Remembering:
+    """A reranker that is asked about every pair once."""
+
+    def __init__(self, reranker: Reranker) -> None:
+        self._reranker = reranker
+        self._scores = PairScores(reranker.predict)
+
+    @property
+    def settings(self) -> RerankerSettings:
+        return self._reranker.settings
+
+    @property
+    def model_hash(self) -> str:
+        return self._reranker.model_hash
+
+    def predict(self, pairs: Sequence[Pair], /) -> npt.NDArray[np.float32]:
+        return self._scores.of(pairs)[0]
