@@ -18,6 +18,8 @@ from quarterlight.evaluation.reference import per_dataset, references, tables
 from quarterlight.evaluation.suites import SUITES, SuiteTask, load_suite, open_task
 from quarterlight.images import load_image
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
 Opened = Callable[[str], Path]
 
 
@@ -32,6 +34,19 @@ def suite_data(tmp_path_factory: pytest.TempPathFactory) -> Opened:
         return written[name]
 
     return write
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_fixtures_that_are_kept_are_those_that_are_written(name: str, suite_data: Opened) -> None:
+    """``evaluate --suite NAME --data tests/fixtures/NAME`` runs from a clone; ``tests/data/layouts.py`` makes these."""
+    kept, made = FIXTURES / name, suite_data(name)
+    folders = [{str(one.relative_to(root)) for one in root.rglob("*") if one.is_file()} for root in (kept, made)]
+    assert folders[0] == folders[1]
+    for file in sorted(folders[0]):
+        if Path(file).suffix in (".json", ".jsonl", ".csv", ".txt", ".tsv"):
+            assert (kept / file).read_bytes() == (made / file).read_bytes(), file
+    for one in opened_tasks(name):
+        assert open_task(one, kept).queries
 
 
 def task_of(suite: str, name: str) -> SuiteTask:
