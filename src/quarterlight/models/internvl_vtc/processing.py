@@ -23,6 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.positions import Positions
+from quarterlight.models.spelt_tokens import SpeltTokensAreText
 from quarterlight.models.tiles import Grid, PictureReader, Tiles, num_tiles
 
 
@@ -118,7 +119,7 @@ class InternVLVTCImageProcessor(PictureReader, GotOcr2ImageProcessorPil):
         return BatchFeature({"pixel_values": pixel_values, "num_patches": [len(one) for one in tiles]})
 
 
-class InternVLVTCProcessor(InternVLProcessor):
+class InternVLVTCProcessor(SpeltTokensAreText, InternVLProcessor):  # type: ignore[misc]  # what it does not name goes through
     """Tokenizer and tiling, agreeing with the model on the tokens of a tile because the configuration says how many."""
 
     def __init__(
@@ -192,21 +193,3 @@ class InternVLVTCProcessor(InternVLProcessor):
         inputs = ProcessorMixin.__call__(self, images=images, text=text, **kwargs)
         inputs.pop("num_patches", None)
         return inputs
-
-    def apply_chat_template(  # type: ignore[override]  # what it does not name goes through
-        self,
-        conversation: Any,
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        sanitize_control_tokens: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """As transformers does, but a special token that a text spells stays text, unless one says otherwise."""
-        return super().apply_chat_template(
-            conversation,
-            chat_template,
-            tokenize=tokenize,
-            sanitize_control_tokens=sanitize_control_tokens and tokenize,
-            **kwargs,
-        )

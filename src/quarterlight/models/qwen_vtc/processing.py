@@ -23,6 +23,7 @@ from quarterlight.errors import ImageError
 from quarterlight.images import describe
 from quarterlight.models.compression import compressed_grid
 from quarterlight.models.positions import Positions, rope_positions
+from quarterlight.models.spelt_tokens import SpeltTokensAreText
 from quarterlight.models.tiles import Grid, PictureReader, Tiles
 
 MAX_ASPECT = 200
@@ -131,7 +132,7 @@ class QwenVTCImageProcessor(PictureReader, Qwen2VLImageProcessorPil):
         return BatchFeature({"pixel_values": pixel_values, "image_grid_thw": grids})
 
 
-class QwenVTCProcessor(Qwen2VLProcessor):
+class QwenVTCProcessor(SpeltTokensAreText, Qwen2VLProcessor):  # type: ignore[misc]  # what it does not name goes through
     """Tokenizer and resizing of all three, agreeing with the model on the tokens of a picture."""
 
     text_kwargs = {"return_token_type_ids": False}  # noqa: RUF012
@@ -223,21 +224,3 @@ class QwenVTCProcessor(Qwen2VLProcessor):
         _, rows, columns = (int(one) for one in image_inputs["image_grid_thw"][image_idx])
         merge = self.image_processor.merge_size
         return self.image_token * self.num_visual_tokens((rows // merge, columns // merge))
-
-    def apply_chat_template(  # type: ignore[override]  # what it does not name goes through
-        self,
-        conversation: Any,
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        sanitize_control_tokens: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """As transformers does, but a special token that a text spells stays text, unless one says otherwise."""
-        return super().apply_chat_template(
-            conversation,
-            chat_template,
-            tokenize=tokenize,
-            sanitize_control_tokens=sanitize_control_tokens and tokenize,
-            **kwargs,
-        )
