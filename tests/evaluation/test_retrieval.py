@@ -294,16 +294,20 @@ def test_a_reranker_without_an_opinion_changes_nothing(emoji: RetrievalDataset) 
 
 def test_fusion_weighs_cosine_and_reranker(emoji: RetrievalDataset) -> None:
     task = emoji.load("t2i", "test")
-    means = []
+    means, scores = [], {}
     for weight in (0.0, 0.5, 1.0):
         judge = Judge(task)
         result = RetrievalEvaluator(Hashing(), reranker=judge, rerank=10, fusion_weight=weight).evaluate(task)
         assert result.reranked is not None
         means.append(result.reranked.metrics["mrr"])
+        scores[weight] = result.reranked
         judge.settings = RerankerSettings(fusion_weight=weight)
         from_setting = RetrievalEvaluator(Hashing(), reranker=judge, rerank=10).evaluate(task)
         assert from_setting.reranked == result.reranked
     assert means[0] < means[1] <= means[2]
+    judge = Judge(task)
+    assert RetrievalEvaluator(Hashing(), reranker=judge, rerank=10).by_weight(task, tuple(scores)) == scores
+    assert len(judge.asked) == result.num_pairs  # once for all of them
 
 
 def test_groups_and_json_have_both(emoji: RetrievalDataset) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 
-from quarterlight.metrics.ranking import METRICS, First, chance_ranks, hit, rank_scores
-from quarterlight.metrics.search import Wanted, first_k, rank_embeddings, search
+from quarterlight.metrics.ranking import METRICS, Ranks, chance_ranks, hit, rank_scores
+from quarterlight.metrics.search import Wanted, first_k, put_first, rank_embeddings, search
 
 
 def test_constant_scorer_scores_chance() -> None:
@@ -63,13 +65,38 @@ def test_first_k_of_a_tie_is_drawn() -> None:
 def test_first_stand_before_all_others() -> None:
     # by cosine the order is 0 1 2 3 4; three of them are put in the order 2, then 0 and 1 as a tie
     query, candidate = np.ones((1, 1)), np.array([[0.9], [0.8], [0.7], [0.6], [0.5]])
-    first = First(np.array([[0, 1, 2]]), np.array([[1, 1, 0]]))
     for positive, higher, tied in ((2, 0, 1), (0, 1, 2), (1, 1, 2), (3, 3, 1), (4, 4, 1)):
-        for block in ((1, 2), (9, 100)):
-            ranks = rank_embeddings(query, candidate, [[positive]], first=first, block=block)
-            assert (ranks.higher.tolist(), ranks.tied.tolist()) == ([higher], [tied])
-    nothing = First(np.zeros((1, 0), np.int64), np.zeros((1, 0), np.int64))
-    assert rank_embeddings(query, candidate, [[3]], first=nothing).higher.tolist() == [3]
+        wanted = [Wanted(positives=(positive,))]
+        plain = search(query, candidate, wanted, k=4)
+        found = put_first(plain, wanted, np.array([[1, 1, 0]]))
+        assert (found.ranks.higher.tolist(), found.ranks.tied.tolist()) == ([higher], [tied])
+        assert found.column_QK[0, 0] == 2 and sorted(found.column_QK[0, 1:3]) == [0, 1] and found.column_QK[0, 3] == 3
+        assert put_first(plain, wanted, np.zeros((1, 0), np.int64)).ranks.higher.tolist() == [positive]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_stands_first_is_ranked_as_if_all_scores_were_known(seed: int) -> None:
+    """Ties between what stands first and what comes behind, several positives with grades, pools and exclusions."""
+    query, candidate, wanted = random_search(seed)
+    query, candidate = (np.sign(x[:, :3]) / 3**0.5 for x in (query, candidate))  # no more than four scores
+    wanted = [replace(one, grades=np.arange(1.0, 1 + len(one.positives)).tolist()) for one in wanted]
+    rng = np.random.default_rng(seed)
+    plain = search(query, candidate, wanted, k=20)
+    place_QF = np.array([np.minimum(rng.permutation(12), rng.integers(12)) for _ in wanted])
+    found = put_first(plain, wanted, place_QF)
+    expected = []
+    for row, one in enumerate(wanted):
+        score_C = np.round(candidate @ query[row], 3)
+        score_C[list(one.excluded)] = -np.inf
+        score_C[plain.column_QK[row, :12]] = 99 - place_QF[row]
+        pool = np.arange(len(candidate)) if one.pool is None else one.pool
+        positives = [pool.tolist().index(column) for column in one.positives]
+        expected.append(rank_scores(score_C[None, pool], [positives], grades=[one.grades], tolerance=1e-6))
+        np.testing.assert_allclose(score_C[found.column_QK[row, :12]], 99 - np.sort(place_QF[row]))
+        assert set(found.column_QK[row, 12:]) == set(plain.column_QK[row, 12:])
+    whole = Ranks.joined(expected)
+    for one in fields(Ranks):
+        np.testing.assert_array_equal(getattr(found.ranks, one.name), getattr(whole, one.name), err_msg=one.name)
 
 
 def brute(query: np.ndarray, candidate: np.ndarray, wanted: list[Wanted]) -> list[list[int]]:

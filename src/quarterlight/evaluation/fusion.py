@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import InputError, did_you_mean
-from quarterlight.evaluation.pair_scores import Pair, PairScores
 from quarterlight.evaluation.retrieval import Encoder, Reranker, RetrievalEvaluator
 from quarterlight.metrics.ranking import METRICS
-from quarterlight.models.settings import RerankerSettings
 
 SPLIT = "val"
 """The one split that a weight may be chosen on: on test, it would be an answer that was looked up."""
@@ -66,7 +61,7 @@ def tune_fusion(
 ) -> list[TunedWeight]:
     """For each task the weight of the reranker that ranks best; of equal ones the smallest.
 
-    Every task is reranked once, whatever the number of weights.
+    Every task is searched and reranked once, whatever the number of weights.
     tasks: of the split :data:`SPLIT`.  rerank: candidates of each query that are reranked.
     metric: a name of :data:`quarterlight.metrics.ranking.METRICS`.
     on_rerank: called with a task's label, how many of its queries are reranked, and how many there are.
@@ -79,40 +74,17 @@ def tune_fusion(
         raise InputError(f"Weights to try are one or more numbers from 0 to 1, got {list(weights)}.")
     if metric not in METRICS:
         raise InputError(f"There is no metric {metric!r}. {did_you_mean(metric, METRICS)}")
-    evaluator = RetrievalEvaluator(embedder, group_by=(), reranker=_Remembering(reranker), rerank=rerank)
+    evaluator = RetrievalEvaluator(embedder, reranker=reranker, rerank=rerank)
     tuned = []
     for task in tasks:
-        scores: dict[float, float] = {}
-        num_queries = 0
         evaluator.on_rerank = lambda done, total, label=task.label: on_rerank(label, done, total)  # type: ignore[misc]
-        for weight in sorted(set(weights)):
-            evaluator.fusion_weight = weight
-            found = evaluator.evaluate(task).reranked
-            if found is None or not found.num_queries:
-                raise InputError(f"{task.label} has no query that can be scored, so that no weight is better.")
-            scores[weight], num_queries = found.metrics[metric], found.num_queries
-            evaluator.on_rerank = lambda done, total: None
+        found = evaluator.by_weight(task, sorted(set(weights)))
+        num_queries = next(iter(found.values())).num_queries
+        if not num_queries:
+            raise InputError(f"{task.label} has no query that can be scored, so that no weight is better.")
+        scores = {weight: one.metrics[metric] for weight, one in found.items()}
         best = max(scores, key=lambda weight: (scores[weight], -weight))
         tuned.append(
             TunedWeight(dataset=task.dataset, task=task.task, weight=best, scores=scores, num_queries=num_queries)
         )
     return tuned
-
-
-class _Remembering:
-    """A reranker that is asked about every pair once."""
-
-    def __init__(self, reranker: Reranker) -> None:
-        self._reranker = reranker
-        self._scores = PairScores(reranker.predict)
-
-    @property
-    def settings(self) -> RerankerSettings:
-        return self._reranker.settings
-
-    @property
-    def model_hash(self) -> str:
-        return self._reranker.model_hash
-
-    def predict(self, pairs: Sequence[Pair], /) -> npt.NDArray[np.float32]:
-        return self._scores.of(pairs)[0]

@@ -28,8 +28,8 @@ from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import InputError
 from quarterlight.evaluation.pair_scores import PairScores
 from quarterlight.metrics.fusion import places
-from quarterlight.metrics.ranking import METRICS, First, Floats, Ranks, Ties, chance_ranks, measure, metric_named
-from quarterlight.metrics.search import Found, Wanted, search
+from quarterlight.metrics.ranking import METRICS, Floats, Ties, chance_ranks, measure, metric_named
+from quarterlight.metrics.search import Found, Wanted, put_first, search
 from quarterlight.metrics.trec import trec_values
 from quarterlight.models.readable import encode_readable
 from quarterlight.prompts import Role
@@ -247,7 +247,7 @@ class RetrievalEvaluator:
         self._shared = embeddings is not None
         self._query_vectors: _Vectors | _StoredVectors
         self._candidate_vectors: _Vectors | _StoredVectors
-        self._kept_pairs: PairScores | None = None
+        self._pairs = None if reranker is None else PairScores(reranker.predict)
         if embeddings is None:
             self._query_vectors = _Vectors(embedder.encode_query)
             self._candidate_vectors = _Vectors(embedder.encode_document)
@@ -256,7 +256,7 @@ class RetrievalEvaluator:
             self._query_vectors = _StoredVectors(store, "query")
             self._candidate_vectors = _StoredVectors(store, "document")
             if reranker is not None:
-                self._kept_pairs = PairScores(
+                self._pairs = PairScores(
                     reranker.predict, folder=embeddings / reranker.model_hash / "pairs", key=store.key
                 )
 
@@ -279,28 +279,19 @@ class RetrievalEvaluator:
         names = tuple(dict.fromkeys((*METRICS, *([metric] if metric else ()), *also)))
         for name in names:
             metric_named(name)
-        started = time.monotonic()
-        task = self.prepare(task)
-        query_items = [query.item for query in task.queries]
-        candidate_items = [candidate.item for candidate in task.candidates]
-        num_embedded = self._embed(query_items, candidate_items)
-        seconds = time.monotonic() - started
-
+        task, num_embedded, seconds = self._embedded(task)
         pool = self._rankable(task)
         candidate_CD = self._vectors_of_candidates(task, pool)
-        pairs = None
-        if self.reranker is not None:
-            pairs = self._kept_pairs or PairScores(self.reranker.predict)
-        plain, reranked, reranking = self._judge(task, pool, candidate_CD, pairs, names, metric, ties)
+        plain, reranked, reranking = self._judge(task, pool, candidate_CD, names, metric, ties)
         others: dict[str, Reading] = {}
         for name, read in readings.items():
             if (other := read(task)) is not None:
                 part = self._rankable(other)
                 columns = [pool.column[did] for did in part.column]
-                before, after, _ = self._judge(other, part, candidate_CD[columns], pairs, names, metric, ties)
-                others[name] = Reading(official=before.official, reranked=after.official if pairs else None)
+                before, after, _ = self._judge(other, part, candidate_CD[columns], names, metric, ties)
+                others[name] = Reading(official=before.official, reranked=after.official if self._pairs else None)
         rows = np.arange(len(pool.queries))
-        with_reranker = self.reranker is not None
+        with_reranker = self._pairs is not None
         return TaskResult(
             dataset=task.dataset,
             task=task.task,
@@ -319,11 +310,13 @@ class RetrievalEvaluator:
                 *pool.problems,
                 *(Problem(pool.queries[row].qid, _NO_NUMBER) for row in reranking.not_numbers),
             ),
-            instructions=tuple(sorted({item.instruction for item in query_items if item.instruction is not None})),
+            instructions=tuple(
+                sorted({one.item.instruction for one in task.queries if one.item.instruction is not None})
+            ),
             num_embedded=num_embedded,
             seconds=seconds,
             reranked=_scores(reranked.values, plain.chance, rows) if with_reranker else None,
-            num_reranked=reranking.num_reranked,
+            num_reranked=reranking.score_QK.shape[1],
             num_pairs=reranking.num_pairs,
             rerank_seconds=reranking.seconds,
             official=plain.official,
@@ -336,6 +329,30 @@ class RetrievalEvaluator:
             ranking_reranked=reranked.ranking if with_reranker else None,
         )
 
+    def by_weight(self, task: RetrievalTask, weights: Sequence[float]) -> dict[float, Scores]:
+        """What reranking the task comes to for each weight of the reranker's score; searched and reranked once.
+
+        Raises RuntimeError without a reranker.
+        """
+        if self._pairs is None:
+            raise RuntimeError("A weight of a reranker says nothing without a reranker.")
+        task, _, _ = self._embedded(task)
+        pool = self._rankable(task)
+        rows = np.arange(len(pool.queries))
+        if not pool.queries:
+            return dict.fromkeys(weights, _scores({}, {}, rows))
+        found = self._search(pool, self._vectors_of_candidates(task, pool), self.rerank)
+        reranking = self._rerank(self._pairs, task, pool, found)
+        scored = {weight: _Scored.of(reranking.fused(found, pool, weight), pool, METRICS) for weight in weights}
+        return {weight: _scores(one.values, one.chance, rows) for weight, one in scored.items()}
+
+    def _embedded(self, task: RetrievalTask) -> tuple[RetrievalTask, int, float]:
+        """The task with its instructions, how many of its items were new to the embedder, and how long they took."""
+        started = time.monotonic()
+        task = self.prepare(task)
+        number = self._embed([one.item for one in task.queries], [one.item for one in task.candidates])
+        return task, number, time.monotonic() - started
+
     def _vectors_of_candidates(self, task: RetrievalTask, pool: _Pool) -> npt.NDArray[np.float32]:
         """The vectors of the candidates that have one, in the order of their columns."""
         if not pool.column:
@@ -347,7 +364,6 @@ class RetrievalEvaluator:
         task: RetrievalTask,
         pool: _Pool,
         candidate_CD: npt.NDArray[np.float32],
-        pairs: PairScores | None,
         names: Sequence[str],
         metric: str | None,
         ties: Ties,
@@ -356,48 +372,25 @@ class RetrievalEvaluator:
         if not pool.queries:
             nothing = _Scored.nothing(metric, ties)
             return nothing, nothing, _Reranking()
-        query_QD = self._query_vectors.of(query.item for query in pool.queries)
-        depth = max(self.depth, self.rerank if self.reranker is not None else 0, _depth_of(metric))
-        found = self._search(query_QD, candidate_CD, pool, depth, None)
+        depth = max(self.depth, self.rerank if self._pairs is not None else 0, _depth_of(metric))
+        found = self._search(pool, candidate_CD, depth)
         plain = _Scored.of(found, pool, names, metric, ties, self.depth)
-        if self.reranker is None or pairs is None:
+        if self.reranker is None or self._pairs is None:
             return plain, plain, _Reranking()
         weight = self.fusion_weight
         if weight is None:
             weight = self.reranker.settings.weight_of(task.task, task.dataset)
-        items = [query.item for query in pool.queries]
-        readable = [candidate.item for candidate in task.candidates if candidate.did in pool.column]
-        first = slice(0, self.rerank)
-        reranking = self._rerank(pairs, weight, items, readable, found.column_QK[:, first], found.score_QK[:, first])
-        again = self._search(query_QD, candidate_CD, pool, depth, reranking.first)
+        reranking = self._rerank(self._pairs, task, pool, found)
+        again = reranking.fused(found, pool, weight)
         return plain, _Scored.of(again, pool, names, metric, ties, self.depth), reranking
 
-    def _search(
-        self,
-        query_QD: npt.NDArray[np.float32],
-        candidate_CD: npt.NDArray[np.float32],
-        pool: _Pool,
-        depth: int,
-        first: First | None,
-    ) -> Found:
+    def _search(self, pool: _Pool, candidate_CD: npt.NDArray[np.float32], depth: int) -> Found:
         """The search for all queries, of which this process does its share."""
+        query_QD = self._query_vectors.of(query.item for query in pool.queries)
         rows = self._share(len(pool.queries))
         own = slice(rows.start, rows.stop)
-        found = search(
-            query_QD[own],
-            candidate_CD,
-            pool.wanted[own],
-            k=depth,
-            first=None if first is None else First(first.column[own], first.place[own]),
-            start=rows.start,
-        )
-        parts = self._gather([found])
-        return Found(
-            Ranks.joined([part.ranks for part in parts]),
-            np.concatenate([part.column_QK for part in parts]),
-            np.concatenate([part.score_QK for part in parts]),
-            np.concatenate([part.best_Q for part in parts]),
-        )
+        found = search(query_QD[own], candidate_CD, pool.wanted[own], k=depth, start=rows.start)
+        return Found.joined(self._gather([found]))
 
     def _share(self, num_queries: int) -> range:
         """The queries that are this process's: whole blocks, one after the other."""
@@ -416,45 +409,33 @@ class RetrievalEvaluator:
 
         return gather_objects(values)
 
-    def _rerank(
-        self,
-        pair_scores: PairScores,
-        weight: float,
-        queries: Sequence[Item],
-        candidates: Sequence[Item],
-        column_QK: npt.NDArray[np.int64],
-        recall_QK: npt.NDArray[np.float32],
-    ) -> _Reranking:
-        """The places that the reranker gives the first candidates of each query."""
+    def _rerank(self, pair_scores: PairScores, task: RetrievalTask, pool: _Pool, found: Found) -> _Reranking:
+        """What the reranker says of the first candidates of each query, of which this process asks for its share."""
         started = time.monotonic()
-        own = self._share(len(queries))
-        place_BK = np.zeros((len(own), column_QK.shape[1]), np.int64)
+        items = [candidate.item for candidate in task.candidates if candidate.did in pool.column]
+        column_QK = found.column_QK[:, : self.rerank]
+        own = self._share(len(pool.queries))
+        score_BK = np.zeros((len(own), column_QK.shape[1]), np.float32)
         num_pairs = 0
-        not_numbers: list[int] = []
         pair_scores.find()
         self.on_rerank(0, len(own))
         for start in range(own.start, own.stop, _QUERIES):
-            rows = range(start, min(start + _QUERIES, own.stop))
-            pairs = [(queries[row], candidates[column]) for row in rows for column in column_QK[row] if column >= 0]
+            rows = slice(start, min(start + _QUERIES, own.stop))
+            has_BK = column_QK[rows] >= 0  # a query with a few candidates of its own has no more
+            pairs = [
+                (query.item, items[column])
+                for query, column_K, has_K in zip(pool.queries[rows], column_QK[rows], has_BK, strict=True)
+                for column in column_K[has_K]
+            ]
             score_N, num_new = pair_scores.of(pairs)
-            scores = iter(score_N)
-            for row in rows:
-                has = column_QK[row] >= 0  # a query with a few candidates of its own has no more
-                score_K = np.array([next(scores) for _ in range(int(has.sum()))], np.float32)
-                if not np.isfinite(score_K).all():
-                    not_numbers.append(row)
-                    score_K = np.zeros_like(score_K)
-                place_BK[row - own.start, has] = places(recall_QK[row, has], score_K, weight)
+            score_BK[rows.start - own.start : rows.stop - own.start][has_BK] = score_N
             num_pairs += num_new
             self.on_rerank(rows.stop - own.start, len(own))
-        parts = self._gather([(place_BK, num_pairs, not_numbers)])
-        return _Reranking(
-            First(column_QK, np.concatenate([part[0] for part in parts])),
-            column_QK.shape[1],
-            sum(part[1] for part in parts),
-            time.monotonic() - started,
-            [row for part in parts for row in part[2]],
-        )
+        parts = self._gather([(score_BK, num_pairs)])
+        score_QK = np.concatenate([part[0] for part in parts])
+        not_numbers = np.flatnonzero(~np.isfinite(score_QK).all(axis=1))
+        score_QK[not_numbers] = 0
+        return _Reranking(score_QK, sum(part[1] for part in parts), time.monotonic() - started, not_numbers.tolist())
 
     def _rankable(self, task: RetrievalTask) -> _Pool:
         """The candidates that have a vector, the queries that can be scored against these, and what is left out."""
@@ -519,13 +500,25 @@ def sample_queries(task: RetrievalTask, limit: int) -> RetrievalTask:
 
 
 class _Reranking(NamedTuple):
-    """What a reranker said of a task; without one, nothing."""
+    """What a reranker said of the first K candidates of each query; without one, nothing.
 
-    first: First | None = None
-    num_reranked: int = 0
+    not_numbers: the queries of which it gave a score that is no number; all of theirs are 0.
+    """
+
+    score_QK: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
     num_pairs: int = 0
     seconds: float = 0.0
     not_numbers: Sequence[int] = ()
+
+    def fused(self, found: Found, pool: _Pool, weight: float) -> Found:
+        """What was found, with these candidates in the order of both scores."""
+        num_reranked = self.score_QK.shape[1]
+        place_QK = np.zeros(self.score_QK.shape, np.int64)
+        has_QK = found.column_QK[:, :num_reranked] >= 0
+        for row, has_K in enumerate(has_QK):
+            recall_K = found.score_QK[row, :num_reranked][has_K]
+            place_QK[row, has_K] = places(recall_K, self.score_QK[row, has_K], weight)
+        return put_first(found, pool.wanted, place_QK)
 
 
 class _Pool(NamedTuple):
@@ -552,7 +545,15 @@ class _Scored(NamedTuple):
         return cls({}, {}, official or None, None)
 
     @classmethod
-    def of(cls, found: Found, pool: _Pool, names: Sequence[str], metric: str | None, ties: Ties, depth: int) -> _Scored:
+    def of(
+        cls,
+        found: Found,
+        pool: _Pool,
+        names: Iterable[str],
+        metric: str | None = None,
+        ties: Ties = "expected",
+        depth: int = 0,
+    ) -> _Scored:
         ranks = found.ranks
         values = {name: measure(name, ranks) for name in names}
         sizes = [

@@ -9,8 +9,7 @@ through :meth:`Ranks.broken`.
 A positive's rank needs only a few counts, how many candidates score higher and how many the same, so the [Q, C] scores
 need never exist (:mod:`quarterlight.metrics.search`) and every metric is exact at any depth.
 
-Legend of shapes: Q queries, C candidates, D dimensions, P positives of all queries together, K candidates put first,
-L candidates of one query.
+Legend of shapes: Q queries, C candidates, D dimensions, P positives of all queries together, L candidates of one query.
 """
 
 from __future__ import annotations
@@ -136,17 +135,6 @@ class Ranks:
     @property
     def _first(self) -> Ints:
         return np.cumsum(self.num_positives) - self.num_positives
-
-
-@dataclass(frozen=True)
-class First:
-    """Candidates of each query that stand before all others, whatever their scores.
-
-    column: int64 [Q, K], each once; -1 for none.  place: int64 [Q, K], 0 for the best, equal ones for a tie.
-    """
-
-    column: Ints
-    place: Ints
 
 
 def rank_scores(

@@ -3,8 +3,9 @@
 The scores of some queries with some candidates exist at a time, in memory that fits a processor's cache: each block is
 counted and forgotten.
 
-Legend of shapes: Q queries, C candidates, D dimensions, P positives of all queries together, K candidates put first,
-B queries and W candidates of one block, L candidates of one query, M candidates kept while searching.
+Legend of shapes: Q queries, C candidates, D dimensions, P positives of all queries together, K first candidates of a
+query, F of these that something else puts in order, B queries and W candidates of one block, L candidates of one query,
+M candidates kept while searching.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.metrics.ranking import PRODUCT_TOLERANCE, First, Floats, Ints, Ranks, count_ranks
+from quarterlight.metrics.ranking import PRODUCT_TOLERANCE, Floats, Ints, Ranks, count_ranks
 
 BLOCK = (512, 8192)
 """Queries and candidates whose scores are held at once, 4 bytes each."""
@@ -43,13 +44,25 @@ class Found(NamedTuple):
     """What a search found: the ranks of the positives, and the first K candidates of each query, best first.
 
     column_QK: int64, -1 where a query has fewer to choose from.  score_QK: float32, -inf there.
-    best_Q: float32, the score of the best positive.
+    column_P, score_P: int64 and float32, of the positives in the order of ``ranks``.
     """
 
     ranks: Ranks
     column_QK: Ints
     score_QK: npt.NDArray[np.float32]
-    best_Q: npt.NDArray[np.float32]
+    column_P: Ints
+    score_P: npt.NDArray[np.float32]
+
+    @property
+    def best_Q(self) -> npt.NDArray[np.float32]:
+        """The score of the best positive of each query."""
+        return self.score_P[np.cumsum(self.ranks.num_positives) - self.ranks.num_positives]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Found]) -> Found:
+        """What was found for the queries of all parts, in order; at least one part."""
+        ranks, *arrays = zip(*parts, strict=True)
+        return cls(Ranks.joined(ranks), *map(np.concatenate, arrays))
 
 
 def search(
@@ -58,7 +71,6 @@ def search(
     wanted: Sequence[Wanted],
     *,
     k: int = 0,
-    first: First | None = None,
     start: int = 0,
     tolerance: float = PRODUCT_TOLERANCE,
     block: tuple[int, int] = BLOCK,
@@ -67,8 +79,6 @@ def search(
     """The ranks of each query's positives and its K = min(k, C) first candidates, in one pass.
 
     query_QD, candidate_CD: rows of L2 norm 1, any float type (computed in float32).
-    first: candidates that something else has put in order, such as a reranker what was found before; the scores that
-        come out of these are then numbers above any dot product that make this order.
     start: number of the first of these queries among all of which they are a part; it decides how ties are drawn.
     tolerance: scores this near count as tied.
     on_progress: called with how many queries are done.
@@ -85,28 +95,82 @@ def search(
     task = _Task(
         np.asarray(candidate_CD, np.float32),
         wanted,
-        First(np.zeros((len(wanted), 0), np.int64), np.zeros((len(wanted), 0), np.int64)) if first is None else first,
         start,
         tolerance,
         np.full((len(wanted), size), -1, np.int64),
         np.full((len(wanted), size), -np.inf, np.float32),
     )
-    ranks: list[Ranks] = []
-    bests = [np.zeros(0, np.float32)]
+    parts: list[_Ranked] = []
     row = 0
     while row < len(wanted):
         stop = row + 1
         if wanted[row].pool is None:
             while stop < min(row + block[0], len(wanted)) and wanted[stop].pool is None:
                 stop += 1
-            some, best_B = _search_all(task, np.asarray(query_QD[row:stop], np.float32), row, size, block[1])
+            parts.append(_search_all(task, np.asarray(query_QD[row:stop], np.float32), row, size, block[1]))
         else:
-            some, best_B = _search_pool(task, np.asarray(query_QD[row], np.float32), row, size)
-        ranks.append(some)
-        bests.append(best_B)
+            parts.append(_search_pool(task, np.asarray(query_QD[row], np.float32), row, size))
         row = stop
         on_progress(row)
-    return Found(Ranks.joined(ranks), task.column_QK, task.score_QK, np.concatenate(bests))
+    return Found(
+        Ranks.joined([part.ranks for part in parts]),
+        task.column_QK,
+        task.score_QK,
+        np.concatenate([np.zeros(0, np.int64), *(part.column_P for part in parts)]),
+        np.concatenate([np.zeros(0, np.float32), *(part.score_P for part in parts)]),
+    )
+
+
+def put_first(found: Found, wanted: Sequence[Wanted], place_QF: Ints, *, tolerance: float = PRODUCT_TOLERANCE) -> Found:
+    """What was found, with the first F candidates of each query in another order, such as that of a reranker.
+
+    found, wanted: of all queries.
+    place_QF: int64, where each of ``found.column_QK[:, :F]`` goes: 0 for the best, equal ones for a tie.
+    The scores of these are then numbers above any dot product that make this order; what stands behind them keeps its
+    score.  Nothing is searched again: of the first candidates all is known, and for a positive behind them only those
+    that were tied with it are higher now.
+    """
+    num_first = place_QF.shape[1]
+    column_QK, score_QK = np.full_like(found.column_QK, -1), np.full_like(found.score_QK, -np.inf)
+    ranks = found.ranks
+    stop_Q = np.cumsum(ranks.num_positives)
+    columns, scores, grades, counts = [], [], [], [np.zeros((3, 0), np.int64)]
+    for row, (one, stop) in enumerate(zip(wanted, stop_Q.tolist(), strict=True)):
+        column_K, score_K = found.column_QK[row], found.score_QK[row].copy()
+        listed_K = _listed(one, column_K)
+        F = np.count_nonzero(column_K[:num_first] >= 0)
+        old_F, new_F = found.score_QK[row, :F], (2.0 + num_first - place_QF[row, :F]).astype(np.float32)
+        score_K[:F] = new_F
+        drawn_K = _draw(listed_K, score_K, len(column_K), tolerance, row)
+        column_QK[row, : len(drawn_K)], score_QK[row, : len(drawn_K)] = column_K[drawn_K], score_K[drawn_K]
+
+        of_query = slice(stop - ranks.num_positives[row], stop)
+        column_P, score_P = found.column_P[of_query], found.score_P[of_query].copy()
+        listed_P = _listed(one, column_P)
+        count_3P = np.array([part[of_query] for part in (ranks.higher, ranks.tied, ranks.earlier)])
+        for number, score in enumerate(score_P):
+            is_earlier_F = listed_K[:F] < listed_P[number]
+            if len(place := np.flatnonzero(column_K[:F] == column_P[number])):
+                score_P[number] = top = new_F[place[0]]
+                count_3P[:, number] = (new_F > top).sum(), (new_F == top).sum(), ((new_F == top) & is_earlier_F).sum()
+            else:
+                was_higher_F = old_F > score + tolerance
+                was_tied_F = (old_F >= score - tolerance) & ~was_higher_F
+                count_3P[0, number] += (~was_higher_F).sum()
+                count_3P[1:, number] -= was_tied_F.sum(), (was_tied_F & is_earlier_F).sum()
+        order_P = np.lexsort((listed_P, -score_P))
+        columns.append(column_P[order_P])
+        scores.append(score_P[order_P])
+        grades.append(ranks.grade[of_query][order_P])
+        counts.append(count_3P[:, order_P])
+    higher, tied, earlier = np.concatenate(counts, axis=1)
+    return Found(
+        Ranks.counted(higher, tied, earlier, scores, grades, tolerance),
+        column_QK,
+        score_QK,
+        np.concatenate([found.column_P[:0], *columns]),
+        np.concatenate([found.score_P[:0], *scores]),
+    )
 
 
 def rank_embeddings(
@@ -114,7 +178,6 @@ def rank_embeddings(
     candidate_CD: Floats,
     positives: Sequence[Sequence[int]],
     *,
-    first: First | None = None,
     tolerance: float = PRODUCT_TOLERANCE,
     block: tuple[int, int] = BLOCK,
 ) -> Ranks:
@@ -123,7 +186,7 @@ def rank_embeddings(
     positives: columns in [0, C) for each query, at least one.
     """
     wanted = [Wanted(positives=columns) for columns in positives]
-    return search(query_QD, candidate_CD, wanted, first=first, tolerance=tolerance, block=block).ranks
+    return search(query_QD, candidate_CD, wanted, tolerance=tolerance, block=block).ranks
 
 
 def first_k(
@@ -150,45 +213,53 @@ class _Task(NamedTuple):
 
     candidate_CD: npt.NDArray[np.float32]
     wanted: Sequence[Wanted]
-    first: First
     start: int
     tolerance: float
     column_QK: Ints
     score_QK: npt.NDArray[np.float32]
 
 
-def _search_pool(
-    task: _Task, query_D: npt.NDArray[np.float32], row: int, size: int
-) -> tuple[Ranks, npt.NDArray[np.float32]]:
+class _Ranked(NamedTuple):
+    """The ranks of the positives of some queries, with their columns and scores in the same order."""
+
+    ranks: Ranks
+    column_P: Ints
+    score_P: npt.NDArray[np.float32]
+
+
+def _listed(one: Wanted, column_N: Ints) -> Ints:
+    """Where the data lists these candidates of a query."""
+    if one.pool is None:
+        return column_N
+    order_L = np.argsort(one.pool)
+    return order_L[np.searchsorted(one.pool, column_N, sorter=order_L)]
+
+
+def _search_pool(task: _Task, query_D: npt.NDArray[np.float32], row: int, size: int) -> _Ranked:
     """One query that chooses from a few candidates."""
     one = task.wanted[row]
     assert one.pool is not None
     place_of = {column: place for place, column in enumerate(one.pool.tolist())}
     score_L = task.candidate_CD[one.pool] @ query_D
     score_L[[place_of[column] for column in one.excluded if column in place_of]] = -np.inf
-    for column, top in zip(*_top(task.first, row), strict=True):
-        score_L[place_of[column]] = top
     place_P = np.array([place_of.get(column, -1) for column in one.positives], np.int64)
     if len(place_P) and place_P.min() < 0:
         raise ValueError(f"A positive of query {row} is not among the {len(one.pool)} candidates that it chooses from.")
     place_P, grade_P = _best_first(row, score_L[place_P], place_P, one.grades)
-    score_P = score_L[place_P]
     ranks = count_ranks([score_L], [place_P], [grade_P], task.tolerance)
     if size:
         place_K = _draw(np.arange(len(score_L)), score_L, size, task.tolerance, task.start + row)
         task.column_QK[row, : len(place_K)] = one.pool[place_K]
         task.score_QK[row, : len(place_K)] = score_L[place_K]
-    return ranks, score_P[:1]
+    return _Ranked(ranks, one.pool[place_P], score_L[place_P])
 
 
-def _search_all(
-    task: _Task, query_BD: npt.NDArray[np.float32], row: int, size: int, width: int
-) -> tuple[Ranks, npt.NDArray[np.float32]]:
+def _search_all(task: _Task, query_BD: npt.NDArray[np.float32], row: int, size: int, width: int) -> _Ranked:
     """Some queries that choose from all candidates."""
     num_candidates = len(task.candidate_CD)
     wanted = task.wanted[row : row + len(query_BD)]
-    overrides = _Overrides(task.first, wanted, row)
-    positives = _Positives(task, query_BD, wanted, row, overrides)
+    excluded = _Excluded(wanted)
+    positives = _Positives(task, query_BD, wanted, row)
     kept = _Kept(len(query_BD), size, task.tolerance, task.start + row)
     buffer_BW = np.empty((len(query_BD), min(width, num_candidates)), np.float32)
     true_BW = np.empty(buffer_BW.shape, np.bool_)
@@ -198,7 +269,7 @@ def _search_all(
         if len(block_WD) < buffer_BW.shape[1]:
             score_BW, mask_BW = np.empty((len(query_BD), len(block_WD)), np.float32), true_BW[:, : len(block_WD)].copy()
         np.matmul(query_BD, block_WD.T, out=score_BW)
-        overrides.apply(score_BW, start)
+        excluded.hide(score_BW, start)
         positives.count(score_BW, start, mask_BW)
         if size:
             kept.add(score_BW, start, mask_BW)
@@ -206,38 +277,25 @@ def _search_all(
         column_K, score_K = kept.of(number)
         task.column_QK[row + number, : len(column_K)] = column_K
         task.score_QK[row + number, : len(column_K)] = score_K
-    return positives.ranks(), positives.best_B
+    return positives.ranked()
 
 
-class _Overrides:
-    """Scores of some queries that are not dot products: those of what is excluded, and of what stands first."""
+class _Excluded:
+    """What some queries may not find."""
 
-    def __init__(self, first: First, wanted: Sequence[Wanted], row: int) -> None:
-        rows: list[int] = []
-        columns: list[int] = []
-        scores: list[float] = []
-        for number, one in enumerate(wanted):
-            tops = zip(*_top(first, row + number), strict=True)
-            for column, score in (*((column, -np.inf) for column in one.excluded), *tops):
-                rows.append(number)
-                columns.append(column)
-                scores.append(score)
-        order = np.argsort(columns, kind="stable")  # so that what stands first comes after what is excluded
-        self._row, self._column = np.array(rows, np.int64)[order], np.array(columns, np.int64)[order]
-        self._score = np.array(scores, np.float32)[order]
-        self.of = {(r, c): s for r, c, s in zip(rows, columns, scores, strict=True)}
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        pairs = sorted((column, number) for number, one in enumerate(wanted) for column in one.excluded)
+        self._column, self._row = np.array(pairs, np.int64).reshape(-1, 2).T
 
-    def apply(self, score_BW: npt.NDArray[np.float32], start: int) -> None:
+    def hide(self, score_BW: npt.NDArray[np.float32], start: int) -> None:
         here = slice(*np.searchsorted(self._column, (start, start + score_BW.shape[1])))
-        score_BW[self._row[here], self._column[here] - start] = self._score[here]
+        score_BW[self._row[here], self._column[here] - start] = -np.inf
 
 
 class _Positives:
     """The positives of some queries, and how many candidates have been found to stand above and beside them."""
 
-    def __init__(
-        self, task: _Task, query_BD: Floats, wanted: Sequence[Wanted], row: int, overrides: _Overrides
-    ) -> None:
+    def __init__(self, task: _Task, query_BD: Floats, wanted: Sequence[Wanted], row: int) -> None:
         self._tolerance = task.tolerance
         places, grades, scores = [], [], []
         for number, one in enumerate(wanted):
@@ -248,8 +306,7 @@ class _Positives:
                     f"{list(one.positives)}."
                 )
             score_P = task.candidate_CD[column_P] @ query_BD[number]
-            for place, column in enumerate(one.positives) if overrides.of else ():
-                score_P[place] = overrides.of.get((number, column), score_P[place])
+            score_P[np.isin(column_P, one.excluded)] = -np.inf
             order_P, grade_P = _best_first(row + number, score_P, column_P, one.grades, as_order=True)
             places.append(column_P[order_P])
             scores.append(score_P[order_P])
@@ -294,10 +351,11 @@ class _Positives:
             before_W = np.abs(score_W[: column - start] - self._score[number][place]) <= self._tolerance
             counts[2, place] += np.count_nonzero(before_W)
 
-    def ranks(self) -> Ranks:
+    def ranked(self) -> _Ranked:
         """What the counts say when all candidates are counted."""
         higher, tied, earlier = np.concatenate(self._counts, axis=1)
-        return Ranks.counted(higher, tied, earlier, self._score, self._grades, self._tolerance)
+        ranks = Ranks.counted(higher, tied, earlier, self._score, self._grades, self._tolerance)
+        return _Ranked(ranks, np.concatenate(self._place), np.concatenate(self._score))
 
 
 class _Kept:
@@ -375,13 +433,6 @@ class _Kept:
         self._number_B[number] = len(order)
         if len(order) == self._size:
             self._floor_B[number] = score_N[order[-1]]
-
-
-def _top(first: First, row: int) -> tuple[list[int], list[float]]:
-    """The columns that stand first for a query, and scores that say so, in steps of 1 above any dot product."""
-    is_there = first.column[row] >= 0
-    top_K = 2.0 + first.column.shape[1] - first.place[row][is_there]
-    return first.column[row][is_there].tolist(), top_K.tolist()
 
 
 def _best_first(
