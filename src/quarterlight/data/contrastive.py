@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quarterlight.data.retrieval import RetrievalTask
+from quarterlight.data.schedule import Schedule
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.records import Candidate, Item, Query
 
@@ -30,11 +31,6 @@ Instructions: TypeAlias = Literal["first", "random"]
 """Which of several instructions a query has: the one it came with, or any, drawn anew whenever it is in a batch."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
-
-# Steps along the golden ratio fill the unit interval evenly however many there are, so the shares of the tasks hold to
-# within a few steps over any stretch of a run; independent draws would stray by the square root of its length.
-_GOLDEN = (math.sqrt(5) - 1) / 2
-_SCHEDULE_CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,38 +231,6 @@ class TaskMixture:
         """The share of the batches of each task, [tasks], summing to 1."""
         weights = np.array(self.weights or [len(task.queries) for task in self.tasks], dtype=np.float64)
         return weights / weights.sum()
-
-
-class Schedule:
-    """Which task each draw of a run is from, so that any stretch of draws has close to its share of every task.
-
-    shares: of the tasks, summing to 1.  seed: decides where in the order a run begins.
-    """
-
-    def __init__(self, shares: npt.NDArray[np.float64], seed: int) -> None:
-        self._ends = np.cumsum(shares)[:-1]
-        self._offset = np.random.default_rng(seed).random()
-        self._before = [np.zeros(len(shares), np.int64)]  # draws of each task before each chunk
-
-    def turns(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """For each of ``count`` draws from ``start`` on its task, and how many draws of that task went before."""
-        chunk = start // _SCHEDULE_CHUNK
-        before = self._before
-        while len(before) <= chunk:  # a new list, so that threads may ask at once
-            done = (len(before) - 1) * _SCHEDULE_CHUNK
-            before = [*before, before[-1] + self._count(self._tasks(done, done + _SCHEDULE_CHUNK))]
-        self._before = before
-        turns = before[chunk] + self._count(self._tasks(chunk * _SCHEDULE_CHUNK, start))
-        for task in self._tasks(start, start + count).tolist():
-            yield task, int(turns[task])
-            turns[task] += 1
-
-    def _tasks(self, start: int, stop: int) -> _Ints:
-        place = (self._offset + _GOLDEN * np.arange(start, stop)) % 1.0
-        return np.searchsorted(self._ends, place, side="right")
-
-    def _count(self, tasks: _Ints) -> _Ints:
-        return np.bincount(tasks, minlength=len(self._ends) + 1)
 
 
 class BatchSampler:

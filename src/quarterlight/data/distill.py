@@ -15,7 +15,8 @@ from typing import TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.data.contrastive import Batch, Instructions, Schedule, TaskMixture, instructed
+from quarterlight.data.contrastive import Batch, Instructions, TaskMixture, instructed
+from quarterlight.data.schedule import Rows
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.records import Candidate
 
@@ -94,9 +95,7 @@ class DistillSampler:
                 for did in found[query.qid].dids:
                     if did not in known:
                         raise DatasetError(f"{task.label}: {did!r}, scored for {query.qid!r}, is not in the pool.")
-        shares = mixture.shares * [len(queries) > 0 for queries in self._queries]
-        self._schedule = Schedule(shares / shares.sum(), seed)
-        self._orders: dict[int, tuple[int, _Ints]] = {}  # by task: the pass and its order
+        self._rows = Rows([len(queries) for queries in self._queries], mixture.shares, seed=seed, order=_ORDER)
 
     @property
     def num_queries(self) -> int:
@@ -110,8 +109,7 @@ class DistillSampler:
 
     def batch(self, step: int) -> DistillBatch:
         """The batch of a step, counted from 0."""
-        first = step * self.batch_size
-        rows = [(task, self._place(task, turn)) for task, turn in self._schedule.turns(first, self.batch_size)]
+        rows = self._rows.drawn(step * self.batch_size, self.batch_size)
         queries = [self._queries[task][place] for task, place in rows]
         found = [self._lists[task][query.qid] for (task, _), query in zip(rows, queries, strict=True)]
         most = max(len(one.dids) for one in found)
@@ -132,13 +130,3 @@ class DistillSampler:
         return DistillBatch(
             queries=queries, candidates=candidates, column=column, listed=listed, recall=recall, rerank=rerank
         )
-
-    def _place(self, task: int, turn: int) -> int:
-        """Which query a task gives after so many others: each once in a pass, in another order each pass."""
-        count = len(self._queries[task])
-        epoch, place = divmod(turn, count)
-        made, order = self._orders.get(task, (-1, None))
-        if order is None or made != epoch:
-            order = np.random.default_rng((self.seed, _ORDER, task, epoch)).permutation(count)
-            self._orders[task] = epoch, order
-        return int(order[place])

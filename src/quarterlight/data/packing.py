@@ -9,13 +9,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
 from quarterlight.data.conversations import Conversation, Conversations
+from quarterlight.data.schedule import Passes
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.records import ImageSource
 
@@ -126,22 +127,6 @@ class PackingCounts:
     """tokens that the packs could hold"""
 
 
-@dataclass(kw_only=True)
-class _Source:
-    conversations: Conversations
-    seed: tuple[int, ...]
-    orders: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
-
-    def index(self, turn: int) -> int:
-        """The conversation of the source's ``turn``-th draw: each once in a pass, in another order each pass."""
-        count = len(self.conversations)
-        epoch, place = divmod(turn, count)
-        if epoch not in self.orders:
-            self.orders = {one: order for one, order in self.orders.items() if one == epoch - 1}
-            self.orders[epoch] = np.random.default_rng((*self.seed, epoch)).permutation(count).astype(np.int32)
-        return int(self.orders[epoch][place])
-
-
 class PackedSampler:
     """The packs of a training run by number.
 
@@ -177,7 +162,7 @@ class PackedSampler:
         self.seed = seed
         self.counts = PackingCounts()
         self._tokenize = tokenize
-        self._sources = [_Source(conversations=one, seed=(seed, n)) for n, one in enumerate(sources)]
+        self._sources = [(one, Passes(len(one), (seed, number))) for number, one in enumerate(sources)]
         self._offsets = np.random.default_rng(seed).random(len(sources))
         self._windows: dict[int, list[list[Sample]]] = {}
         self._lock = Lock()
@@ -201,9 +186,9 @@ class PackedSampler:
     def _pack_window(self, window: int) -> list[list[Sample]]:
         first, last = self._drawn_before(window), self._drawn_before(window + 1)
         samples = []
-        for source, start, stop in zip(self._sources, first, last, strict=True):
+        for (conversations, passes), start, stop in zip(self._sources, first, last, strict=True):
             for turn in range(int(start), int(stop)):
-                sample = self._sample(source.conversations[source.index(turn)])
+                sample = self._sample(conversations[passes.place(turn)])
                 self.counts.drawn += 1
                 if sample is not None:
                     samples.append(sample)
@@ -231,14 +216,14 @@ class PackedSampler:
     def _measure(self) -> list[npt.NDArray[np.int64]]:
         """Lengths of some conversations of each source; 0 for those that do not fit."""
         lengths = []
-        for source in self._sources:
-            count = len(source.conversations)
+        for conversations, _ in self._sources:
+            count = len(conversations)
             places = np.linspace(0, count - 1, min(_MEASURED, count)).astype(int)
-            samples = [self._sample(source.conversations[int(place)]) for place in places]
+            samples = [self._sample(conversations[int(place)]) for place in places]
             found = np.array([0 if sample is None else len(sample) for sample in samples])
             if not found.any():
                 raise DatasetError(
-                    f"No conversation of {source.conversations.label} has an answer within its first {self.max_tokens} "
+                    f"No conversation of {conversations.label} has an answer within its first {self.max_tokens} "
                     "tokens: raise max_tokens."
                 )
             lengths.append(found)

@@ -13,7 +13,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.data.contrastive import MixtureTable, Ragged, Schedule, TaskMixture
+from quarterlight.data.contrastive import MixtureTable, Ragged, TaskMixture
+from quarterlight.data.schedule import Rows
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.records import Candidate, Query
 
@@ -112,19 +113,19 @@ class RerankSampler:
             skipped=int((~usable).sum()),
             held_out=int((usable & ~trained).sum()),
         )
-        self._rows = [
+        self._queries = [
             first + np.flatnonzero(trained[first:stop])
             for first, stop in zip(table.first[:-1], table.first[1:], strict=True)
         ]
-        shares = mixture.shares * [len(rows) > 0 for rows in self._rows]
-        self._schedule = Schedule(shares / shares.sum(), seed)
-        self._orders: dict[int, tuple[int, _Ints]] = {}  # by task: the pass and its order
+        self._rows = Rows([len(queries) for queries in self._queries], mixture.shares, seed=seed, order=_ORDER)
 
     def rows(self, step: int) -> list[RerankRow]:
         """The rows of a step's batch, counted from 0."""
         first = step * self.batch_size
-        turns = self._schedule.turns(first, self.batch_size)
-        return [self._row(self._query(*turn), _DRAW, first + place) for place, turn in enumerate(turns)]
+        drawn = self._rows.drawn(first, self.batch_size)
+        return [
+            self._row(int(self._queries[task][row]), _DRAW, number) for number, (task, row) in enumerate(drawn, first)
+        ]
 
     @property
     def held_out(self) -> list[RerankRow]:
@@ -139,16 +140,6 @@ class RerankSampler:
         chance = (shares / np.maximum(1, np.bincount(task, minlength=len(shares))))[task]
         generator = np.random.default_rng((self.seed, _HELD_OUT))
         return generator.choice(queries, count, replace=False, p=chance / chance.sum())
-
-    def _query(self, task: int, turn: int) -> int:
-        """The query that a task gives after so many others: each once in a pass, in another order each pass."""
-        rows = self._rows[task]
-        epoch, place = divmod(turn, len(rows))
-        made, order = self._orders.get(task, (-1, None))
-        if order is None or made != epoch:
-            order = np.random.default_rng((self.seed, _ORDER, task, epoch)).permutation(rows)
-            self._orders[task] = epoch, order
-        return int(order[place])
 
     def _row(self, query: int, *drawn: int) -> RerankRow:
         generator = np.random.default_rng((self.seed, *drawn))
