@@ -174,7 +174,6 @@ class PromptEncoder:
         self.teacher = teacher
         self.known = known
         self._prompts: dict[Hashable, TokenizedPrompt] = {}
-        self._lock = threading.Lock()  # a tokenizer is told how to split in one call and does it in the next
 
     def __call__(self, items: Sequence[Item], role: Role, chance_P9: Tensor | None = None) -> dict[str, Any]:
         if self.known is not None:
@@ -212,14 +211,16 @@ class PromptEncoder:
         keys: list[Hashable] = [
             (role, item.text, item.instruction, len(item.images), self.formatter.max_tiles(item)) for item in items
         ]
-        with self._lock:
-            if missing := {key: n for n, key in enumerate(keys) if key not in self._prompts}:
-                if len(self._prompts) > _PROMPTS_KEPT:
-                    self._prompts.clear()
-                    missing = {key: n for n, key in enumerate(keys)}
-                prompts = [self.formatter.prompt(items[n], role, position=n) for n in missing.values()]
-                self._prompts.update(zip(missing, self.formatter.tokenize(prompts), strict=True))
-            return [self._prompts[key] for key in keys]
+        # another thread may add some or clear them meanwhile
+        known = {key: prompt for key in keys if (prompt := self._prompts.get(key)) is not None}
+        if missing := {key: n for n, key in enumerate(keys) if key not in known}:
+            prompts = [self.formatter.prompt(items[n], role, position=n) for n in missing.values()]
+            made = dict(zip(missing, self.formatter.tokenize(prompts), strict=True))
+            if len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.clear()
+            self._prompts.update(made)
+            known |= made
+        return [known[key] for key in keys]
 
 
 @dataclass(frozen=True, kw_only=True)

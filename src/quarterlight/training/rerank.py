@@ -16,7 +16,6 @@ T tiles, V vocabulary, A words that are answers.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +135,6 @@ class RerankCollator:
         self.listwise = listwise
         self.answers = AnswerTokens.of(formatter.processor.tokenizer, "the model to train")
         self._prompts: dict[Hashable, TokenizedPrompt] = {}
-        self._lock = threading.Lock()  # a tokenizer is told how to split in one call and does it in the next
 
     def __call__(self, rows: Sequence[RerankRow]) -> dict[str, Any]:
         """A batch.
@@ -249,17 +247,17 @@ class RerankCollator:
         )
 
     def _prompt(self, kind: str, *items: Item) -> TokenizedPrompt:
-        """A part of a prompt; those of single items are kept."""
-        key = (kind, *((one.text, one.instruction, len(one.images)) for one in items))
-        with self._lock:
-            if key not in self._prompts:
-                if len(self._prompts) > _PROMPTS_KEPT:
-                    self._prompts.clear()
-                self._prompts[key] = self._tokenized(kind, items)
-            prompt = self._prompts[key]
-            if len(items) > 1:  # the same list hardly comes again
-                del self._prompts[key]
-            return prompt
+        """A part of a prompt; those of single items are kept, since the same list hardly comes again."""
+        if len(items) > 1:
+            return self._tokenized(kind, items)
+        key = (kind, items[0].text, items[0].instruction, len(items[0].images))
+        prompt = self._prompts.get(key)
+        if prompt is None:
+            prompt = self._tokenized(kind, items)
+            if len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.clear()
+            self._prompts[key] = prompt
+        return prompt
 
     def _tokenized(self, kind: str, items: Sequence[Item]) -> TokenizedPrompt:
         if kind == "tail":
