@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.runs import embedder, mixed_task, optimizer, step, trainer
 
 from quarterlight.data.contrastive import TaskMixture
@@ -15,7 +16,7 @@ from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
 from quarterlight.models.checkpoint import load_backbone, load_settings, load_temperature, save_checkpoint
-from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, train_contrastive
+from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, PromptEmbedder, train_contrastive
 from quarterlight.training.lora import LoraRecipe, add_lora, merge_lora
 from quarterlight.training.temperature import NAME
 
@@ -121,10 +122,21 @@ def test_it_is_saved_with_the_model_and_survives_merging(
     tiny_checkpoint: Path, task: RetrievalTask, tmp_path: Path
 ) -> None:
     model, one = train(tiny_checkpoint, task, tmp_path / "run", lora=True)
-    merge_lora(model.backbone)
+    model.eval()
+    (inputs,) = one.steps.encoded(one.steps.plan(0).chunks[0]).inputs
+    with torch.no_grad():
+        adapted_BD = model(inputs)
+        merge_lora(model.backbone)
+        merged_BD = model(inputs)
     _, processor = load_backbone(tiny_checkpoint)
     settings = load_settings(tiny_checkpoint)
     folder = save_checkpoint(tmp_path / "saved", model.backbone, processor, settings, temperature=one.temperature)
+    with torch.no_grad():
+        saved_BD, untrained_BD = (PromptEmbedder(load_backbone(one)[0])(inputs) for one in (folder, tiny_checkpoint))
+    torch.testing.assert_close(merged_BD, adapted_BD, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(saved_BD, adapted_BD, atol=1e-5, rtol=1e-4)
+    assert (adapted_BD - untrained_BD).abs().max() > 1e-3  # what was learnt is large enough to be missed
+    assert not any("lora" in name or NAME in name for name in load_file(folder / "model.safetensors"))
     assert load_temperature(folder) == one.temperature != 0.1
     assert load_temperature(tiny_checkpoint) is None
 
