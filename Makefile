@@ -5,7 +5,7 @@ PYTHON ?=
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
-MYPY_LAYERS := errors.py records.py prompts.py images.py manifest.py losses metrics models data index mining evaluation \
+MYPY_LAYERS := errors.py records.py prompts.py images.py manifest.py files.py losses metrics models data index mining evaluation \
     recipe.py plan.py
 
 .DEFAULT_GOAL := help

@@ -13,7 +13,7 @@ PACKAGE = "quarterlight"
 SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 
 LAYERS = (
-    ("records", "errors", "prompts", "images", "manifest"),
+    ("records", "errors", "prompts", "images", "manifest", "files"),
     ("losses", "metrics"),
     ("models", "data", "index"),
     ("training", "search"),

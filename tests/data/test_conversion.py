@@ -214,7 +214,7 @@ def test_nothing_left_writes_nothing(folder: Path) -> None:
     with pytest.raises(DatasetError, match=r"no row that makes .* The first problem: .*row 1: .* no list"):
         run(folder, [{}], "llava")
     assert (folder / "out.jsonl").read_text() == "old"
-    assert not list(folder.glob(".*.tmp"))
+    assert not list(folder.glob(".*.part"))
     with pytest.raises(InputError, match="There is no layout 'lava'"):
         run(folder, [{}], "lava")
     with pytest.raises(DatasetError, match="must be a JSON list of rows"):

@@ -151,6 +151,6 @@ def test_weights_are_added_to_older_ones(tiny_pair: Path, tmp_path: Path) -> Non
     new = save_fusion_weights(folder, {"b/y": 0.25}, {"split": "val"})
     assert new.fusion_weights == {"a/x": 0.5, "b/y": 0.25} == load_reranker_settings(folder).fusion_weights
     assert new == replace(load_reranker_settings(tiny_pair / "reranker"), fusion_weights=new.fusion_weights)
-    assert not list(folder.glob("*.draft"))
+    assert not list(folder.glob("*.part"))
     with pytest.raises(CheckpointError, match="holds no reranker"):
         save_fusion_weights(tiny_pair, {"a/x": 0.5}, {})

@@ -16,6 +16,7 @@ from quarterlight.cli.models import FusionOption, RerankerOption, check_rerank, 
 from quarterlight.data.retrieval import RetrievalDataset, find_datasets
 from quarterlight.errors import DatasetError, InputError, did_you_mean
 from quarterlight.evaluation.retrieval import GROUP_BY, RetrievalEvaluator, Scores, TaskResult, sample_queries
+from quarterlight.files import replace_file
 from quarterlight.manifest import environment
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def run_suite_command(
     """
     from huggingface_hub import cached_assets_path
 
-    from quarterlight.evaluation.benchmark import DEPTH, RESULTS, check, replace_file, run_suite, wanted
+    from quarterlight.evaluation.benchmark import DEPTH, RESULTS, check, run_suite, wanted
     from quarterlight.evaluation.report import write_report
     from quarterlight.evaluation.suites import SuiteTask, load_suite, open_task
     from quarterlight.training.distributed import processes

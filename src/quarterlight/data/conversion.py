@@ -27,6 +27,7 @@ from quarterlight.data.conversations import IMAGE, QUESTION, Conversation, from_
 from quarterlight.data.pictures import PictureFolder
 from quarterlight.data.retrieval import RetrievalDataset
 from quarterlight.errors import DatasetError, ImageError, InputError
+from quarterlight.files import replacing
 from quarterlight.images import content_hash, image_size
 from quarterlight.records import ArchiveMember, ImageSource
 
@@ -111,10 +112,8 @@ def convert(
     counts = ConversionCounts()
     places = _Places(images or (source if source.is_dir() else source.parent), PictureFolder(out.parent))
     seen: set[bytes] = set()
-    draft = out.with_name(f".{out.name}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8") as lines:
+        with replacing(out) as draft, draft.open("w", encoding="utf-8") as lines:
             for where, row in LAYOUTS[layout.name](source, layout, places):
                 on_row()
                 counts.read += 1
@@ -131,14 +130,11 @@ def convert(
                 lines.write(json.dumps(converted, ensure_ascii=False) + "\n")
                 counts.written += 1
                 counts.mended += mended
-        if not counts.written:
-            first = f" The first problem: {counts.problems[0]}" if counts.problems else ""
-            raise DatasetError(f"{source} has no row that makes a conversation in the layout {layout.name}.{first}")
-        draft.replace(out)
+            if not counts.written:
+                first = f" The first problem: {counts.problems[0]}" if counts.problems else ""
+                raise DatasetError(f"{source} has no row that makes a conversation in the layout {layout.name}.{first}")
     except OSError as error:
         raise DatasetError(f"{out} cannot be written ({error.strerror or error}).") from error
-    finally:
-        draft.unlink(missing_ok=True)
     return counts
 
 

@@ -22,6 +22,7 @@ from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import DatasetError, InputError, did_you_mean
 from quarterlight.evaluation.retrieval import Ranking, Reading, RetrievalEvaluator, TaskResult, sample_queries
 from quarterlight.evaluation.suites import Suite, SuiteTask
+from quarterlight.files import replace_file, replacing
 from quarterlight.records import Query
 
 RESULTS = "results.json"
@@ -320,14 +321,6 @@ def write_task(folder: Path, name: str, task: RetrievalTask, result: TaskResult)
     replace_file(folder / "qrels" / f"{stem}.trec", "".join(lines))
 
 
-def replace_file(file: Path, content: str | bytes) -> None:
-    """Writes a whole file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.part")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    draft.replace(file)
-
-
 def read_record(file: Path) -> dict[str, Any]:
     """The ``results.json`` of a run, or that of the folder.  Raises InputError for a file that is none."""
     file = file / RESULTS if file.is_dir() else file
@@ -371,10 +364,8 @@ def _write_parquet(file: Path, task: RetrievalTask, result: TaskResult) -> None:
             **{name: pa.array(values).take(take) for name, values in columns.items()},
         }
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".part")
-    pq.write_table(table, draft)
-    draft.replace(file)
+    with replacing(file) as draft:
+        pq.write_table(table, draft)
 
 
 def _write_run(file: Path, ranking: Ranking) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quarterlight.errors import DatasetError
+from quarterlight.files import replacing
 from quarterlight.records import Item
 
 BLOCK = 2048
@@ -73,11 +74,8 @@ class PairScores:
     def _write(self, folder: Path, keys: list[Hashable], score_N: npt.NDArray[np.float32]) -> None:
         names = [bytes(key) for key in keys]  # type: ignore[call-overload]  # what _name makes with a folder
         file = folder / f"{_digest(*names).hex()}.npz"
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".part")
-        with draft.open("wb") as stream:
+        with replacing(file) as draft, draft.open("wb") as stream:
             np.savez(stream, key=np.array(names, dtype="V16"), score=score_N)
-        draft.replace(file)
         self._files.add(file)
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from quarterlight.evaluation.benchmark import BY_PICTURE, num_asked, replace_file
+from quarterlight.evaluation.benchmark import BY_PICTURE, num_asked
 from quarterlight.evaluation.page import Block, Heading, Paragraph, Plot, Points, Table, svg, to_html, to_markdown
 from quarterlight.evaluation.reference import Reference, per_dataset, references
 from quarterlight.evaluation.suites import Suite
+from quarterlight.files import replace_file
 
 _MISSING = "–"
 _COLOURS = {"ours": "#0072B2", "reranked": "#D55E00", "published": "#999999", "chance": "#222222"}

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quarterlight.errors import StoreError
+from quarterlight.files import UNFINISHED, replace_file, replacing
 from quarterlight.images import describe
 from quarterlight.index.lance import readable, writable
 from quarterlight.index.precision import VectorPrecision, bytes_per_vector, check_precision, from_columns
@@ -102,7 +103,7 @@ class ShardFolder:
             kept: VectorPrecision = precision or "float32"
             created = datetime.datetime.now(datetime.UTC).isoformat()
             about = {"model": asdict(model), "precision": kept, "created": created}
-            _replace(folder / "embeddings.json", json.dumps(about, indent=2) + "\n")
+            replace_file(folder / "embeddings.json", json.dumps(about, indent=2) + "\n")
         return cls(folder, model, kept)
 
     @classmethod
@@ -180,11 +181,8 @@ class ShardFolder:
         }
         table = table.replace_schema_metadata({_METADATA: json.dumps(about).encode()})
         path = self.folder / "shards" / f"{name}.parquet"
-        draft = path.with_suffix(".part")
-        with writable(self.folder):
-            path.parent.mkdir(exist_ok=True)
+        with writable(self.folder), replacing(path) as draft:
             pq.write_table(table, draft, compression="zstd")
-            draft.replace(path)
         return self._info(path)
 
     def remove(self, shards: Iterable[ShardInfo]) -> None:
@@ -192,14 +190,14 @@ class ShardFolder:
         with writable(self.folder):
             for shard in shards:
                 shard.path.unlink(missing_ok=True)
-            for draft in (self.folder / "shards").glob("*.part"):
+            for draft in (self.folder / "shards").glob(f"*{UNFINISHED}"):
                 draft.unlink(missing_ok=True)
 
     def write_problems(self, problems: Iterable[tuple[str, str]]) -> None:
         """The file of problems: path and reason of each."""
         lines = (json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in problems)
         with writable(self.folder):
-            _replace(self.folder / "problems.jsonl", "".join(lines))
+            replace_file(self.folder / "problems.jsonl", "".join(lines))
 
     def problems(self) -> list[tuple[str, str]]:
         """What :meth:`write_problems` wrote last; nothing before the first run has ended."""
@@ -217,7 +215,7 @@ class ShardFolder:
     def add_lists(self, keys: Iterable[str]) -> None:
         """Notes that some lists of items, by :func:`quarterlight.index.rows.list_key`, are embedded as a whole."""
         with writable(self.folder):
-            _replace(self.folder / "lists.json", json.dumps(sorted(self.lists().union(keys)), indent=2) + "\n")
+            replace_file(self.folder / "lists.json", json.dumps(sorted(self.lists().union(keys)), indent=2) + "\n")
 
     def lists(self) -> set[str]:
         """What :meth:`add_lists` was told: the shards have every item that these lists had then, and no other one."""
@@ -269,9 +267,3 @@ class ShardFolder:
                 f"{self.model} as {self.precision}: they cannot be mixed. Take it out of the folder."
             )
         return info
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_suffix(".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quarterlight.errors import InputError, StoreError, did_you_mean
+from quarterlight.files import replace_file
 from quarterlight.images import describe
 from quarterlight.index.lance import KEEP_VERSIONS, connect, readable, writable
 from quarterlight.index.precision import (
@@ -177,10 +178,8 @@ class IndexStore:
                 table = database.create_table(model.table_name, schema=columns, mode="overwrite")
             if existing is None:
                 created = datetime.datetime.now(datetime.UTC).isoformat()
-                unfinished = manifest.with_suffix(".tmp")
                 content = {"model": asdict(model), "precision": kept, "created": created}
-                unfinished.write_text(json.dumps(content, indent=2) + "\n")
-                unfinished.replace(manifest)
+                replace_file(manifest, json.dumps(content, indent=2) + "\n")
         return cls(folder, model, table, kept)
 
     @contextlib.contextmanager

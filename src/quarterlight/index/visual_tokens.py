@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from quarterlight.errors import InputError, StoreError, did_you_mean
+from quarterlight.files import replace_file
 from quarterlight.images import describe
 from quarterlight.index.lance import KEEP_VERSIONS, connect, readable, writable
 
@@ -99,9 +100,7 @@ class VisualTokenStore:
             manifest = folder / f"{name}.json"
             about = {"vision_hash": vision_hash, "precision": precision}
             created = datetime.datetime.now(datetime.UTC).isoformat()
-            unfinished = manifest.with_suffix(".tmp")
-            unfinished.write_text(json.dumps({"visual_tokens": about, "created": created}, indent=2) + "\n")
-            unfinished.replace(manifest)
+            replace_file(manifest, json.dumps({"visual_tokens": about, "created": created}, indent=2) + "\n")
         return cls(folder, vision_hash, precision, table)
 
     @classmethod

@@ -31,6 +31,7 @@ from quarterlight.mining.judge_report import EXAMPLES, Example, JudgeCounts, Jud
 from quarterlight.mining.judges import Judge, Pair, Verdict
 from quarterlight.mining.judges.labels import LabelJudge
 from quarterlight.mining.negatives import mined_file, read_mined
+from quarterlight.mining.parts import write_table
 from quarterlight.records import Query
 
 BACKENDS = ("labels", "transformers", "endpoint")
@@ -308,7 +309,7 @@ class _Work:
                 answers |= answered
                 bar.update(len(group))
         table = self._table(found, answers)
-        _replace(self.file, table)
+        write_table(self.file, table)
         journal.path.unlink()
         said = Counter(table["relevant"].to_pylist())
         return JudgedTask(
@@ -434,12 +435,6 @@ class _Journal:
         lines = [[*ids, *answer] for ids, answer in answers.items()] + [[*ids, None, None, None] for ids in failed]
         self._file.write("".join(f"{json.dumps(line)}\n" for line in lines))
         self._file.flush()
-
-
-def _replace(path: Path, table: pa.Table) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    pq.write_table(table, draft)
-    draft.replace(path)
 
 
 def _same_judge(before: Mapping[str, str], asked: Mapping[str, str], path: Path) -> None:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from quarterlight.errors import ImageError
+from quarterlight.files import replace_file
 from quarterlight.images import load_image
 from quarterlight.mining.judges import Verdict
 from quarterlight.records import Candidate, Item, Query
@@ -69,14 +70,8 @@ class JudgedTask:
 def write_judge_report(folder: Path, judge: str, tasks: Sequence[JudgedTask]) -> None:
     """Writes ``report.json`` and ``report.html``. judge: its name."""
     record = {"judge": judge, "tasks": {task.name: _record(task) for task in tasks}}
-    _replace(folder / "report.json", json.dumps(record, indent=1) + "\n")
-    _replace(folder / "report.html", _page(judge, tasks))
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-    draft.replace(path)
+    replace_file(folder / "report.json", json.dumps(record, indent=1) + "\n")
+    replace_file(folder / "report.html", _page(judge, tasks).encode(errors="backslashreplace"))
 
 
 def _record(task: JudgedTask) -> dict[str, object]:

@@ -24,7 +24,9 @@ from tqdm.auto import tqdm
 from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.files import replace_file
 from quarterlight.mining.neighbours import EXACT_LIMIT, ExactSearch, IndexedSearch, Search, build_index
+from quarterlight.mining.parts import Parts, noted, notes_of, write_table
 from quarterlight.prompts import Role
 from quarterlight.records import Item
 from quarterlight.training.distributed import processes
@@ -46,7 +48,6 @@ SCHEMA = pa.schema(
 score: cosine.  rank: from 1, among the distinct candidates that are not known to be right.
 """
 
-_METADATA = b"quarterlight"
 _PLACE = pa.field("place", pa.int64())  # of the query in the task, while a file is in parts
 
 
@@ -162,7 +163,7 @@ def mine(
     for task, file in zip(tasks, files, strict=True):
         pool = _pool(task, tasks, contents, recipe, only)
         mark = pool.fingerprint(embedder.model_hash, recipe, seed)
-        if _notes(file).get("mark") != mark:
+        if notes_of(file).get("mark") != mark:
             missing.append((task, file, mark))
             for role, items in pool.items.items():
                 wanted[role] |= items
@@ -180,7 +181,7 @@ def mine(
         _Miner(searched, embeddings, recipe, seed, mark).write(file, show_progress=show_progress)
         del searched
     process.wait_for_everyone()
-    notes = [_notes(file) for file in files]
+    notes = [notes_of(file) for file in files]
     if process.is_main_process:
         _list_unreadable(folder / "unreadable.txt", [line for note in notes for line in note["unreadable"]])
     return [TaskCounts(**note["counts"]) for note in notes]
@@ -319,23 +320,16 @@ class _Miner:
         """Searches what no earlier run has searched, then joins all parts into the file."""
         if self.process.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.parent.mkdir(parents=True, exist_ok=True)
         self.process.wait_for_everyone()
         search = self._open_search()
-        parts = [self.queries[start : start + PART] for start in range(0, len(self.queries), PART)]
-        own = list(enumerate(parts))[self.process.process_index :: self.process.num_processes]
+        parts = Parts(self.queries, PART, self.folder)
         show = show_progress and self.process.is_main_process
-        total = sum(len(part) for _, part in own)
+        total = sum(map(len, parts.own.values()))
         with tqdm(total=total, desc=f"search {self.pool.task.label}", unit="query", disable=not show) as bar:
-            for number, part in own:
-                if not self._part(number).is_file():
-                    draft = self._part(number).with_suffix(".draft")
-                    pq.write_table(self._mine(part, search), draft)
-                    draft.replace(self._part(number))
-                bar.update(len(part))
+            parts.write(lambda part: self._mine(part, search), lambda part: bar.update(len(part)))
         self.process.wait_for_everyone()
         if self.process.is_main_process:
-            self._join(file, [pq.read_table(self._part(number)) for number in range(len(parts))], search.recall)
+            self._join(file, parts.read(), search.recall)
         self.process.wait_for_everyone()
 
     def _open_search(self) -> Search:
@@ -365,8 +359,7 @@ class _Miner:
             rows["rank"] += [place + 1 for place in taken]
             rows[_PLACE.name] += [one.place] * len(taken)
             num_short += self.recipe.window is not None and len(score_K) < self.recipe.window[0]
-        metadata = {_METADATA: json.dumps({"short": num_short})}
-        return pa.table(rows, schema=SCHEMA.append(_PLACE).with_metadata(metadata))
+        return noted(pa.table(rows, schema=SCHEMA.append(_PLACE)), {"short": num_short})
 
     def _highest(self, queries: Sequence[_Query], query_QD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """The score that a candidate of each query must not reach."""
@@ -404,22 +397,19 @@ class _Miner:
             num_queries=len(self.queries),
             num_candidates=len(self.dids),
             num_mined=len(table),
-            num_short=sum(_metadata(one.schema)["short"] for one in parts),
+            num_short=sum(notes_of(one)["short"] for one in parts),
             num_without=len(self.pool.queries) - len(pc.unique(table[_PLACE.name])),
             num_unreadable=len(problems),
             recall=recall,
         )
-        metadata = {
+        notes = {
             "mark": self.mark,
             "recipe": asdict(self.recipe),
             "seed": self.seed,
             "counts": asdict(counts),
             "unreadable": [f"{task.label}, {name}: {reason}" for name, reason in problems.items()],
         }
-        draft = file.with_suffix(".draft")
-        table = table.drop_columns(_PLACE.name)
-        pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(metadata)}), draft)
-        draft.replace(file)
+        write_table(file, noted(table.drop_columns(_PLACE.name), notes))
         shutil.rmtree(self.folder)
 
     def _problems(self) -> dict[str, str]:
@@ -428,9 +418,6 @@ class _Miner:
         queries = {query.qid: bad["query"][key] for query, key in self.pool.queries if key in bad["query"]}
         documents = {did: bad["document"][key] for did, key in self.pool.candidates.values() if key in bad["document"]}
         return self.pool.problems | queries | documents
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"{number}.parquet"
 
 
 def _check_readable(problems: Sequence[str], contents: Contents, recipe: MineRecipe) -> None:
@@ -445,19 +432,4 @@ def _list_unreadable(file: Path, lines: Sequence[str]) -> None:
     if not lines:
         file.unlink(missing_ok=True)
         return
-    draft = file.with_suffix(".draft")
-    draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    draft.replace(file)
-
-
-def _metadata(schema: pa.Schema) -> dict[str, Any]:
-    """What mining has noted in a file; empty if it is another's."""
-    return json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
-
-
-def _notes(file: Path) -> dict[str, Any]:
-    """The same of a file that may be missing or damaged."""
-    try:
-        return _metadata(pq.read_schema(file))
-    except (OSError, pa.ArrowException):
-        return {}
+    replace_file(file, "".join(f"{line}\n" for line in lines))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from quarterlight.errors import InputError
+from quarterlight.files import replace_file, replacing
 
 BLOCK_BYTES = 2**28
 """Candidates that are in memory at once."""
@@ -137,12 +138,10 @@ def build_index(candidate_CD: Rows, query_QD: Rows, k: int, file: Path, *, recal
     while found < recall and index.nprobe < num_lists:
         index.nprobe = min(2 * index.nprobe, num_lists)
         found = _recall(index, sample_SD, exact)
-    file.parent.mkdir(parents=True, exist_ok=True)
     notes = {"recall": found, "lists": num_lists, "searched": index.nprobe}
-    _notes(file).write_text(json.dumps(notes), encoding="utf-8")
-    draft = file.with_suffix(".part")
-    faiss.write_index(index, str(draft))
-    draft.replace(file)
+    replace_file(_notes(file), json.dumps(notes))
+    with replacing(file) as draft:
+        faiss.write_index(index, str(draft))
 
 
 def _recall(index: faiss.IndexIVFFlat, sample_SD: npt.NDArray[np.float32], exact_SK: npt.NDArray[np.int64]) -> float:

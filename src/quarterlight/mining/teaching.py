@@ -23,6 +23,7 @@ from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError, RecipeError
 from quarterlight.mining.negatives import MineRecipe, mine, mined_file
+from quarterlight.mining.parts import Parts, noted, notes_of, write_table
 from quarterlight.records import Item
 from quarterlight.training.distributed import processes
 from quarterlight.training.embeddings import Contents, Embeddings, Encoder
@@ -45,8 +46,6 @@ SCHEMA = pa.schema(
 
 recall_score: cosine.  rerank_score: P(Yes).
 """
-
-_METADATA = b"quarterlight"
 
 _Lists = dict[str, list[tuple[str, float]]]  # query id -> candidates and their cosines, best first
 
@@ -309,28 +308,16 @@ class _Scorer:
 
     def write(self, file: Path, done: Any) -> None:
         """Scores what no earlier run has scored, then joins all parts into the file. done: called with a number."""
-        if _mark(file) == self.mark:
+        if notes_of(file).get("mark") == self.mark:
             done(sum(map(len, self.lists.values())))
             self.process.wait_for_everyone()
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        qids = list(self.lists)
-        parts = [qids[start : start + PART] for start in range(0, len(qids), PART)]
-        for number, part in list(enumerate(parts))[self.process.process_index :: self.process.num_processes]:
-            if not self._part(number).is_file():
-                draft = self._part(number).with_suffix(".draft")
-                pq.write_table(self._score(part), draft)
-                draft.replace(self._part(number))
-            done(sum(len(self.lists[qid]) for qid in part))
+        parts = Parts(list(self.lists), PART, self.folder)
+        parts.write(self._score, lambda part: done(sum(len(self.lists[qid]) for qid in part)))
         self.process.wait_for_everyone()
         if self.process.is_main_process:
-            tables = [pq.read_table(self._part(number)) for number in range(len(parts))]
-            table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-            draft = file.with_suffix(".draft")
-            notes = {_METADATA: json.dumps({"mark": self.mark})}
-            pq.write_table(table.replace_schema_metadata(notes), draft)
-            draft.replace(file)
+            table = pa.concat_tables([SCHEMA.empty_table(), *parts.read()])
+            write_table(file, noted(table, {"mark": self.mark}))
         self.process.wait_for_everyone()
 
     def _score(self, qids: Sequence[str]) -> pa.Table:
@@ -342,16 +329,3 @@ class _Scorer:
 
     def _rows(self, qids: Sequence[str]) -> Iterator[tuple[str, str, float]]:
         return ((qid, did, score) for qid in qids for did, score in self.lists[qid])
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"{number}.parquet"
-
-
-def _mark(file: Path) -> str | None:
-    """What a file was made of; ``None`` for one that is missing or damaged."""
-    try:
-        metadata = pq.read_schema(file).metadata or {}
-    except (OSError, pa.ArrowException):
-        return None
-    mark: str | None = json.loads(metadata.get(_METADATA, b"{}")).get("mark")
-    return mark

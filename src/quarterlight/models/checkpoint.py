@@ -50,6 +50,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_peft_available
 
 from quarterlight.errors import CheckpointError
+from quarterlight.files import replacing
 from quarterlight.models.adapter import has_adapter, merge_lora, weights_without_adapter
 from quarterlight.models.backbones import FAMILIES, backbone_named, backbone_of, family_of, our_model_type
 from quarterlight.models.backbones.backbone import Backbone
@@ -397,9 +398,8 @@ def save_fusion_weights(folder: Path, weights: Mapping[str, float], found: Mappi
     settings = load_reranker_settings(folder)
     values = settings.to_dict() | {"fusion_weights": {**settings.fusion_weights, **weights}}
     new = RerankerSettings.from_dict(values)
-    draft = folder / f"{SETTINGS_FILE}.draft"
-    _write_json(draft, read_description(folder) | {"settings": new.to_dict(), "fusion": dict(found)})
-    draft.replace(folder / SETTINGS_FILE)
+    with replacing(folder / SETTINGS_FILE) as draft:
+        _write_json(draft, read_description(folder) | {"settings": new.to_dict(), "fusion": dict(found)})
     return new
 
 

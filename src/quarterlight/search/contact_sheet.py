@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TypeAlias
 
+from quarterlight.files import replace_file
 from quarterlight.images import describe, load_image
 from quarterlight.records import Item, ItemLike
 from quarterlight.search.documents import thumbnail
@@ -92,10 +93,7 @@ def write_contact_sheet(
 </body>
 </html>
 """
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(path)
+    replace_file(Path(path), html)
 
 
 def _section(query: Item, hits: Hits) -> str:

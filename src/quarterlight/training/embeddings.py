@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from quarterlight.errors import DatasetError, ImageError
+from quarterlight.files import replacing
 from quarterlight.images import content_hash
 from quarterlight.models.readable import encode_readable
 from quarterlight.prompts import Role
@@ -169,9 +170,7 @@ class Embeddings:
 
     def _write(self, role: Role, keys: list[bytes], vector_ND: npt.NDArray[np.float32], bad: dict[int, str]) -> None:
         file = self.folder / role / f"{_digest(*keys).hex()}.npz"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".part")
-        with draft.open("wb") as stream:
+        with replacing(file) as draft, draft.open("wb") as stream:
             np.savez(
                 stream,
                 key=np.array([key for number, key in enumerate(keys) if number not in bad], dtype="V16"),
@@ -179,7 +178,6 @@ class Embeddings:
                 bad=np.array([keys[number] for number in bad], dtype="V16"),
                 reason=np.array(list(bad.values()), dtype=np.str_),
             )
-        draft.replace(file)
 
 
 class Stored:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from quarterlight.files import replace_file
+
 _P1 = "eval_p1_"
 _MISSING = "–"
 _COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#D55E00")  # Okabe and Ito: apart for every eye
@@ -94,7 +96,7 @@ def write_report(folder: Path, stages: Sequence[Path]) -> Path:
             file.unlink(missing_ok=True)  # of a run before, with other settings
             shown[name] = ""
         else:
-            _replace(file, _png(figure))
+            replace_file(file, _png(figure))
             shown[name] = f"![{caption}]({file.name})\n"
     parts = [
         _head(done),
@@ -108,7 +110,7 @@ def write_report(folder: Path, stages: Sequence[Path]) -> Path:
         _recipe(done),
     ]
     page = folder / "report.md"
-    _replace(page, ("\n".join(part for part in parts if part)).encode())
+    replace_file(page, "\n".join(part for part in parts if part))
     return page
 
 
@@ -423,12 +425,6 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
-
-
-def _replace(file: Path, content: bytes) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(file)
 
 
 def _read_json(file: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.files import replace_file
 from quarterlight.training.distributed import rank
 
 _FIRST = 200  # pictures; the share of fewer says little
@@ -58,9 +59,7 @@ def stop_at(folder: Path, step: int, value: float, *, what: str, **ids: Any) -> 
     """Saves what a batch held whose loss or gradient is not finite to ``nonfinite.json``, and raises RecipeError."""
     file = folder / "nonfinite.json"
     values: Mapping[str, Any] = {"step": step, what: str(value), **ids}
-    draft = file.with_suffix(f".{rank()}.tmp")
-    draft.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    draft.replace(file)
+    replace_file(file, json.dumps(values, indent=2))
     raise RecipeError(
         f"The {what} became {value} at step {step}: look at the batch, whose ids are in {file}, and mend the data; or "
         "begin the stage anew, in another folder, with a lower learning rate. The last checkpoint is kept."

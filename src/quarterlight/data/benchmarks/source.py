@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from quarterlight.errors import DatasetError
+from quarterlight.files import replace_file
 from quarterlight.records import ImageSource
 
 
@@ -48,8 +48,5 @@ class Source:
         name = hashlib.sha256(picture).hexdigest()
         path = self.pictures / name[:2] / name
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{name}.{os.getpid()}")
-            draft.write_bytes(picture)
-            draft.replace(path)
+            replace_file(path, picture)
         return str(path)

@@ -28,6 +28,7 @@ from quarterlight.data.benchmarks.source import Source
 from quarterlight.data.benchmarks.tables import Place, read_json, read_rows
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import DatasetError
+from quarterlight.files import replace_file
 from quarterlight.records import ImageSource
 
 NUM_FRAMES = 12
@@ -136,10 +137,7 @@ def _kept_frames(source: Source, path: Path, count: int) -> list[ImageSource]:
         if all(map(os.path.exists, frames)):
             return list(frames)
     kept = [source.keep(frame) for frame in sample_frames(path, count)]
-    listed.parent.mkdir(parents=True, exist_ok=True)
-    draft = listed.with_name(f".{listed.name}.{os.getpid()}")
-    draft.write_text(json.dumps([os.path.relpath(str(one), source.pictures) for one in kept]), encoding="utf-8")
-    draft.replace(listed)
+    replace_file(listed, json.dumps([os.path.relpath(str(one), source.pictures) for one in kept]))
     return kept
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 from quarterlight.data.corpora import CORPORA
 from quarterlight.data.corpora.example import Corpus, Example, Part
 from quarterlight.errors import DatasetError, InputError, did_you_mean
+from quarterlight.files import replacing
 from quarterlight.records import ArchiveMember, ImageSource
 
 _BUCKETS = 256  # files that the pool is sorted into, so that only one at a time is searched for repetitions
@@ -50,7 +51,7 @@ def write_folder(corpus: Corpus, layout: str, out: Path, *, on_row: Callable[[],
     wanted = corpus.task.replace("vd", "i")
     name = f"{corpus.task}.{corpus.split}.jsonl"
     try:
-        with _draft(out / "queries" / name) as queries, _draft(out / "pools" / name) as pool, _Pool(out) as sorted_pool:
+        with _whole(out / "queries" / name) as queries, _whole(out / "pools" / name) as pool, _Pool(out) as sorted_pool:
             for example in CORPORA[layout](corpus):
                 on_row()
                 counts.read += 1
@@ -98,16 +99,10 @@ def _problem(example: Example) -> str | None:
 
 
 @contextmanager
-def _draft(path: Path) -> Iterator[IO[str]]:
+def _whole(path: Path) -> Iterator[IO[str]]:
     """A file that has its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
+        yield file
 
 
 class _Pool:
