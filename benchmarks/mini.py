@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from quarterlight.cli.evaluate import run_suite_command
-from quarterlight.evaluation.benchmark import RESULTS, num_asked, read_record, replace_file
+from quarterlight.evaluation.benchmark import RESULTS, num_asked, read_record
 from quarterlight.evaluation.page import Block, Heading, Paragraph, Table, to_markdown
 from quarterlight.evaluation.report import percent
 from quarterlight.evaluation.suites import load_suite
+from quarterlight.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results" / "mini"

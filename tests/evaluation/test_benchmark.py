@@ -324,7 +324,9 @@ def test_missing_data_stops_the_run_before_it_costs_anything() -> None:
 
     with pytest.raises(DatasetError, match=r"2 of 3 tasks cannot be read\. b: line 3 is damaged.*and so 1 more: c"):
         check(tasks, open_one)
-    assert check(tasks, open_one, skip_missing=True) == {"b": "b: line 3 is damaged.", "c": "c: line 3 is damaged."}
+    reasons, opened = check(tasks, open_one, skip_missing=True)
+    assert reasons == {"b": "b: line 3 is damaged.", "c": "c: line 3 is damaged."} and [*opened] == ["a"]
+    assert check(tasks[:1], open_one, keep=2) == ({}, opened) and check(tasks[:1], open_one, keep=1) == ({}, {})
     with pytest.raises(DatasetError, match="2 of 2 tasks"):
         check(tasks[1:], open_one, skip_missing=True)
 

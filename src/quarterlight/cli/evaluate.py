@@ -242,7 +242,7 @@ def run_suite_command(
     chosen = wanted(suite, tasks)
     process = processes()  # before the model, since it chooses the GPU of this process
     main = process.is_main_process
-    not_run = check(chosen, lambda task: open_task(task, data), skip_missing=skip_missing)
+    not_run, opened = check(chosen, lambda task: open_task(task, data), skip_missing=skip_missing)
     if main:
         for task, reason in not_run.items():
             console.err.print(f"{task} is left out: {reason}", style="yellow", markup=False)
@@ -272,7 +272,7 @@ def run_suite_command(
             evaluator,
             suite,
             chosen,
-            lambda task: open_task(task, data),
+            lambda task: opened.pop(task.name, None) or open_task(task, data),
             not_run=not_run,
             limit=limit,
             folder=out if main else None,

@@ -33,6 +33,9 @@ BY_PICTURE = "by_picture"
 DEPTH = 100
 """Candidates of each query that a run keeps."""
 
+KEPT = 200_000
+"""Queries and candidates, of all tasks together, that are not read a second time; some 0.2 GB."""
+
 _PROBLEMS = 200  # of a task that the record names one by one; all are counted
 
 
@@ -74,23 +77,32 @@ def wanted(suite: Suite, names: Sequence[str] | None) -> list[SuiteTask]:
 
 
 def check(
-    tasks: Sequence[SuiteTask], open_task: Callable[[SuiteTask], RetrievalTask], *, skip_missing: bool = False
-) -> dict[str, str]:
-    """Opens every task once, before anything is embedded; returns name -> reason of those that cannot be.
+    tasks: Sequence[SuiteTask],
+    open_task: Callable[[SuiteTask], RetrievalTask],
+    *,
+    skip_missing: bool = False,
+    keep: int = KEPT,
+) -> tuple[dict[str, str], dict[str, RetrievalTask]]:
+    """Opens every task once, before anything is embedded: name -> reason of those that cannot be, and the others by
+    name, as many of the first as have ``keep`` queries and candidates together.
 
     Raises DatasetError, with all reasons, when there is one, unless ``skip_missing``, and when no task is left.
     """
     reasons: dict[str, str] = {}
+    opened: dict[str, RetrievalTask] = {}
     for task in tasks:
         try:
-            open_task(task)
+            found = open_task(task)
+            keep -= len(found.queries) + len(found.candidates)
+            if keep >= 0:
+                opened[task.name] = found
         except DatasetError as error:
             reasons[task.name] = " ".join(str(error).split())
     if reasons and (not skip_missing or len(reasons) == len(tasks)):
         first = next(iter(reasons.values()))
         others = f"; and so {len(reasons) - 1} more: {', '.join(list(reasons)[1:])}" if len(reasons) > 1 else ""
         raise DatasetError(f"{len(reasons)} of {len(tasks)} tasks cannot be read. {first}{others}")
-    return reasons
+    return reasons, opened
 
 
 def run_suite(
