@@ -12,9 +12,10 @@ UNFINISHED = ".part"
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A hidden name beside ``file`` to write under, which takes its place at the end; folders on the way are made.
+def replacing(file: Path, *, parents: bool = True) -> Iterator[Path]:
+    """A hidden name beside ``file`` to write under, which takes its place at the end.
 
+    parents: makes folders on the way.
     What fails leaves ``file`` as it was, and nothing beside it.  Processes may write the same file at once.
 
     >>> import tempfile
@@ -24,7 +25,8 @@ def replacing(file: Path) -> Iterator[Path]:
     ...     (Path(folder) / "new" / "words.txt").read_text()
     'all of them'
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
     try:
         yield draft
@@ -33,7 +35,7 @@ def replacing(file: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def replace_file(file: Path, content: str | bytes) -> None:
-    """Writes a whole file or none; text as UTF-8."""
-    with replacing(file) as draft:
+def replace_file(file: Path, content: str | bytes, *, parents: bool = True) -> None:
+    """Writes a whole file or none; text as UTF-8.  parents: makes folders on the way."""
+    with replacing(file, parents=parents) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)

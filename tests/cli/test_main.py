@@ -111,6 +111,34 @@ def test_help_lists_commands_without_importing_them() -> None:
     assert min(seconds) < HELP_SECONDS
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rerank", "others"),
+    [
+        (["red"], 0, ["red"]),
+        (["red", "--rerank"], 5, ["red"]),
+        (["--rerank", "red"], 5, ["red"]),
+        (["--rerank", "--json", "red"], 5, ["red"]),
+        (["--rerank", "10", "red"], 10, ["red"]),
+        (["red", "--rerank", "0"], 0, ["red"]),
+        (["--rerank=7", "red"], 7, ["red"]),
+        (["--rerank", "--", "12"], 5, ["12"]),
+        (["--", "--rerank"], 0, ["--rerank"]),
+    ],
+)
+def test_rerank_takes_a_number_or_stands_alone(arguments: list[str], rerank: int, others: list[str]) -> None:
+    search = main.program().commands["search"].make_context("search", [*arguments])
+    assert (search.params["rerank"], [search.params["text"]]) == (rerank, others)
+    evaluate = main.program().commands["evaluate"].make_context("evaluate", [*arguments])
+    assert (evaluate.params["rerank"], [str(folder) for folder in evaluate.params["folders"]]) == (rerank, others)
+
+
+def test_other_numbers_are_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("search", "red", "--rerank", "-1", monkeypatch=monkeypatch) == 2  # not taken for a word to look for
+    assert "Invalid value for '--rerank'" in capsys.readouterr().err
+    assert run("tune-fusion", "data", "--model", "x", "--rerank", monkeypatch=monkeypatch) == 2
+    assert "requires an argument" in capsys.readouterr().err
+
+
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version", monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().out == f"quarterlight {quarterlight.__version__}\n"

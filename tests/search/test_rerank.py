@@ -16,12 +16,13 @@ from tests.search.files import pdf, write_image
 
 from quarterlight.errors import InputError
 from quarterlight.index import IndexStore, VisualTokenStore
+from quarterlight.metrics.fusion import RERANK
 from quarterlight.models.pair import load_pair
 from quarterlight.prompts import QUERY_INSTRUCTIONS
 from quarterlight.records import Item
 from quarterlight.search.encoder import identity_of
 from quarterlight.search.ingest import ingest
-from quarterlight.search.retrieve import RERANK, Hit, Searcher
+from quarterlight.search.retrieve import Hit, Searcher
 
 SHARES = {"red.png": 0, "dusk.png": 10, "dark.png": 20, "night.png": 30}
 """Red pictures of 40 x 30 pixels, of which so many columns are black: the redder first by cosine, the darker first by

@@ -12,12 +12,13 @@ import typer
 from rich.markup import escape
 
 from quarterlight.cli import console
-from quarterlight.cli.models import FusionOption, RerankerOption, check_rerank, open_pair
+from quarterlight.cli.models import FusionOption, K, RerankerOption, check_rerank, open_pair
 from quarterlight.data.retrieval import RetrievalDataset, find_datasets
 from quarterlight.errors import DatasetError, InputError, did_you_mean
 from quarterlight.evaluation.retrieval import GROUP_BY, RetrievalEvaluator, Scores, TaskResult, sample_queries
 from quarterlight.files import replace_file
 from quarterlight.manifest import environment
+from quarterlight.metrics.fusion import RERANK
 
 if TYPE_CHECKING:
     from quarterlight.evaluation.suites import Suite
@@ -53,7 +54,10 @@ def evaluate(
     ] = None,
     by: Annotated[str, typer.Option(help="Fields of a query to group scores by, by commas.")] = ",".join(GROUP_BY),
     rerank: Annotated[
-        int, typer.Option(min=0, help="Also score the order after a reranker saw the first so many; 0: no reranker.")
+        int,
+        typer.Option(
+            min=0, metavar=K, help=f"Also score the order after a reranker saw the first so many ({RERANK} without K)."
+        ),
     ] = 0,
     reranker: RerankerOption = None,
     fusion: FusionOption = None,
@@ -82,7 +86,7 @@ def evaluate(
     \b
     quarterlight evaluate data/emoji --split test --tasks t2i,it2i
     quarterlight evaluate data --model runs/my_model --json > scores.json
-    quarterlight evaluate data/emoji --rerank 5
+    quarterlight evaluate data/emoji --rerank
     quarterlight evaluate --suite mmeb --model runs/my_model --rerank 5 --out runs/mmeb
     torchrun --nproc-per-node 8 -m quarterlight evaluate --suite visdoc --model runs/my_model --out runs/visdoc
     quarterlight evaluate --compare runs/a/results.json runs/b/results.json

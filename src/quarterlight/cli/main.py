@@ -80,8 +80,13 @@ class LazyCommand(TyperCommand):
         app.command(self.name)(getattr(importlib.import_module(module), function))
         return typer.main.get_command(app)
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        return self.load().make_context(*args, **kwargs)
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **kwargs: Any) -> Any:
+        command = self.load()
+        if any(one.startswith("--rerank") for one in args):
+            from quarterlight.cli.models import K, with_number
+
+            args = with_number(args, [name for one in command.params if one.metavar == K for name in one.opts])
+        return command.make_context(info_name, args, *more, **kwargs)
 
 
 class Program(TyperGroup):

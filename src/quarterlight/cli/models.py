@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quarterlight.errors import CheckpointError
+from quarterlight.metrics.fusion import RERANK
 
 if TYPE_CHECKING:
     from quarterlight.models.embedder import Embedder
     from quarterlight.models.reranker import Reranker
+
+K = "[K]"
+"""The metavar of an option that takes a number of candidates, or stands alone for :data:`RERANK` of them."""
 
 RerankerOption = Annotated[
     str | None, typer.Option("--reranker", help="A reranker's folder or hub id.", show_default="the one inside --model")
@@ -27,11 +32,28 @@ FusionOption = Annotated[
 ]
 
 
+def with_number(args: Sequence[str], options: Collection[str]) -> list[str]:
+    """The arguments of a command, with a number behind those options that stand alone.
+
+    A whole number that follows belongs to the option; anything else does not.  Behind ``--`` nothing is an option.
+
+    >>> with_number(["--rerank", "cats"], ["--rerank"]), with_number(["--rerank", "10", "cats"], ["--rerank"])
+    (['--rerank=5', 'cats'], ['--rerank', '10', 'cats'])
+    """
+    end = args.index("--") if "--" in args else len(args)
+    filled = list(args)
+    for place, one in enumerate(args[:end]):
+        follows = args[place + 1] if place + 1 < len(args) else ""
+        if one in options and not follows.removeprefix("-").isdecimal():
+            filled[place] = f"{one}={RERANK}"
+    return filled
+
+
 def check_rerank(rerank: int, reranker: str | None, fusion: float | None) -> None:
     """Raises BadParameter for options that do nothing without ``--rerank``."""
     for name, value in (("--reranker", reranker), ("--fusion", fusion)):
         if value is not None and not rerank:
-            raise typer.BadParameter(f"{name} does nothing without --rerank: say how many results to rerank.")
+            raise typer.BadParameter(f"{name} does nothing without --rerank.")
 
 
 def open_pair(model: str, reranker: str | None, *, device: str | None = None) -> tuple[Embedder, Reranker]:

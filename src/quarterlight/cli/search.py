@@ -11,10 +11,11 @@ from rich.text import Text
 
 from quarterlight.cli import console
 from quarterlight.cli.index import DEFAULT_STORE
-from quarterlight.cli.models import FusionOption, RerankerOption, check_rerank, open_pair
+from quarterlight.cli.models import FusionOption, K, RerankerOption, check_rerank, open_pair
 from quarterlight.errors import InputError
 from quarterlight.images import describe
 from quarterlight.index import IndexStore, Kind
+from quarterlight.metrics.fusion import RERANK
 from quarterlight.records import Item
 from quarterlight.search.contact_sheet import write_contact_sheet
 from quarterlight.search.encoder import identity_of
@@ -30,7 +31,10 @@ def search(
     store: Annotated[Path, typer.Option(help="Folder of the index.", show_default="./.quarterlight")] = DEFAULT_STORE,
     model: Annotated[str, typer.Option(help="The model that the index was made with.")] = "nano",
     rerank: Annotated[
-        int, typer.Option(min=0, max=1000, help="Give so many of the first results to a reranker; 0: none.")
+        int,
+        typer.Option(
+            min=0, max=1000, metavar=K, help=f"Give so many of the first results to a reranker ({RERANK} without K)."
+        ),
     ] = 0,
     reranker: RerankerOption = None,
     fusion: FusionOption = None,
@@ -43,7 +47,7 @@ def search(
     quarterlight search "a red apple"
     quarterlight search --image apple.jpg --type image --top-k 20
     quarterlight search "the same in green" --image apple.jpg --html found.html
-    quarterlight search "training loss" --type page --in ~/papers --rerank 5
+    quarterlight search "training loss" --type page --in ~/papers --rerank 20
     """
     if image is None and not text.strip():
         raise typer.BadParameter("Nothing to look for: give words, --image FILE, or both.")

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from quarterlight.data.retrieval import RetrievalTask, with_instructions
 from quarterlight.errors import InputError
 from quarterlight.evaluation.pair_scores import PairScores
-from quarterlight.metrics.fusion import places
+from quarterlight.metrics.fusion import RERANK, places
 from quarterlight.metrics.ranking import METRICS, Floats, Ties, chance_ranks, measure, metric_named
 from quarterlight.metrics.search import Found, Wanted, put_first, search
 from quarterlight.metrics.trec import trec_values
@@ -208,7 +208,7 @@ class RetrievalEvaluator:
     group_by: fields of a query to break scores down by, where there are at least two values.
     on_progress: called with how many items of a task are embedded, and how many there are.
     reranker: also score the order that it gives the first candidates.
-    rerank: how many these are; 5 in Magic-MM-Embedding (table 7).
+    rerank: how many these are.
     fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
         reranker's setting for the task.
     on_rerank: called with how many queries of a task are reranked, and how many there are.
@@ -226,7 +226,7 @@ class RetrievalEvaluator:
         group_by: Sequence[str] = GROUP_BY,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         reranker: Reranker | None = None,
-        rerank: int = 5,
+        rerank: int = RERANK,
         fusion_weight: float | None = None,
         on_rerank: Callable[[int, int], None] = lambda done, total: None,
         embeddings: Path | None = None,

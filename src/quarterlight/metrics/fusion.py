@@ -14,6 +14,9 @@ from quarterlight.metrics.ranking import PRODUCT_TOLERANCE
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
+RERANK = 5
+"""Candidates that a reranker is given unless told otherwise, as in Magic-MM-Embedding (table 7)."""
+
 
 def fuse(recall_K: Floats, rerank_K: Floats, weight: float) -> npt.NDArray[np.float64]:
     """The scores by which K candidates are ordered, higher first, float64 [K].

@@ -93,7 +93,7 @@ def write_contact_sheet(
 </body>
 </html>
 """
-    replace_file(Path(path), html)
+    replace_file(Path(path), html, parents=False)
 
 
 def _section(query: Item, hits: Hits) -> str:

@@ -18,7 +18,7 @@ from quarterlight.images import describe
 from quarterlight.index import IndexStore, Kind, Row, VisualTokenStore
 from quarterlight.index.rows import is_item, path_of
 from quarterlight.index.store import Match
-from quarterlight.metrics.fusion import fuse
+from quarterlight.metrics.fusion import RERANK, fuse
 from quarterlight.prompts import QUERY_INSTRUCTIONS, query_instruction
 from quarterlight.records import ArchiveMember, Item, ItemLike
 from quarterlight.search.documents import TILES, read_again, section_item
@@ -26,9 +26,6 @@ from quarterlight.search.encoder import Encoder, Reranker, Tokens
 from quarterlight.search.walk import Problem
 
 SNIPPET_CHARS = 200
-
-RERANK = 5
-"""Candidates that a reranker is given unless told otherwise, as in Magic-MM-Embedding (table 7)."""
 
 _QUERY_LETTERS = {"text": "t", "image": "i", "image,text": "it"}
 _TARGET_LETTERS: dict[Kind, str] = {"image": "i", "page": "vd", "text": "t"}
