@@ -24,6 +24,7 @@ from quarterlight.records import Item
 from quarterlight.search.embed import EmbedConfig, EmbedReport, Group, Local, Shard, embed
 from quarterlight.search.encoder import identity_of
 from quarterlight.search.ingest import ingest
+from quarterlight.search.items import LINES_PER_PIECE
 from quarterlight.search.load import load
 from quarterlight.search.retrieve import Searcher
 
@@ -244,13 +245,37 @@ def test_lists_of_items(tmp_path: Path, catalogue: Path) -> None:
         assert np.array_equal(found[id]["vector"], FakeEncoder().encode_document([item])[0])
     reasons = {problem.reason.split(":")[0]: problem.reason for problem in report.problems}
     assert list(reasons) == sorted(reasons) and len(reasons) == 7
-    assert "No such file" in reasons["line 4, id x"]
+    assert "No such file" in reasons["id x"]
     assert "same id" in reasons["line 5, id a/1"]
-    assert "Did you mean 'text'" in reasons["line 6"]
-    assert "no id" in reasons["line 7"] and "empty" in reasons["line 8"]
+    assert "Did you mean 'text'" in reasons["id y"]
+    assert "no id" in reasons["line 7"] and "empty" in reasons["id z"]
     assert "got list" in reasons["line 9"] and "not JSON" in reasons["line 10"]
     written = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").read_text().splitlines()]
     assert [one["reason"] for one in written] == [problem.reason for problem in report.problems]
+
+
+def test_lines_come_and_go_anywhere_in_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    lines = [f'{{"id": "{number}", "text": "word {number}"}}' for number in range(1000)]
+    lines[700:703] = ['{"text": "no id"}', '{"id": "5", "text": "again"}', '{"id": "empty"}']
+
+    def embedded(*, whole: bool = False) -> tuple[int, EmbedReport]:
+        path.write_text("\n".join(lines))
+        encoder, out = FakeEncoder(), tmp_path / "whole" / str(len(lines)) if whole else tmp_path / "out"
+        report = run([path], out, encoder, config=EmbedConfig(items_per_shard=100))
+        return encoder.num_encoded, report
+
+    assert embedded()[0] == 997
+    for change in (lambda: lines.insert(0, '{"id": "new", "text": "on top"}'), lambda: lines.pop(400)):
+        change()
+        encoded, report = embedded()
+        _, expected = embedded(whole=True)
+        assert 0 < encoded <= LINES_PER_PIECE[-1] and report.num_rows == expected.num_rows
+        assert [one.reason for one in report.problems] == [one.reason for one in expected.problems]
+        there, anew = content(tmp_path / "out"), content(tmp_path / "whole" / str(len(lines)))
+        assert there.keys() == anew.keys()
+        assert all(np.array_equal(there[one]["vector"], anew[one]["vector"]) for one in anew)
+    assert embedded()[0] == 0
 
 
 def test_pictures_change_behind_an_unchanged_list(tmp_path: Path) -> None:

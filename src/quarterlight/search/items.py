@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +23,21 @@ from quarterlight.search.documents import IMAGE_PIXELS, PAGE_PIXELS, clean, reas
 
 SUFFIX = ".jsonl"
 
-LINES_PER_PIECE = 50
-"""So many lines are embedded anew when one of them has changed.  Other numbers would cut known lists otherwise."""
+LINES_PER_PIECE = range(10, 201)
+"""How many lines stand together, and are embedded anew when one of them has changed; about 50 on average."""
+
+_LAST_IN = 40  # one line in so many ends a piece that is long enough; another number would cut known lists otherwise
 
 _FIELDS = ("id", "text", "image", "instruction", "max_tiles")
 
 
 class Lines(NamedTuple):
     """Some lines of a list: the number of the first, from 1; where they begin in the file, and their size, in bytes;
-    how many; the numbers of those whose id an earlier line has; and a hash of all this, of the lines themselves and of
-    the state of their pictures, behind the URI of the list."""
+    how many; the numbers of those whose id an earlier line has; and a hash of the lines and of the state of their
+    pictures, behind the URI of the list.
+
+    The hash does not change where lines before these come or go, unless some are spoken of by their numbers: those
+    that have no id, or that of an earlier line."""
 
     first: int
     start: int
@@ -51,7 +56,7 @@ class ListedItem(NamedTuple):
 
 
 class BrokenLine(NamedTuple):
-    """A line that is no item, or whose pictures cannot be read; the reason begins with its number."""
+    """A line that is no item, or whose pictures cannot be read; the reason begins with its id, or with its number."""
 
     reason: str
 
@@ -59,6 +64,8 @@ class BrokenLine(NamedTuple):
 def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
     """The list in pieces of :data:`LINES_PER_PIECE` lines.
 
+    What a line holds, not where it stands, decides whether a piece ends with it (content-defined chunking;
+    Muthitacharoen, Chen and Mazieres, SOSP 2001): behind lines that come or go the list is soon cut as before.
     seen: hashes of the ids that stand in other lists; those of this one are added.
     Raises InputError when it cannot be read.
     """
@@ -68,21 +75,28 @@ def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
             while True:
                 digest = hashlib.blake2b(digest_size=16)
                 size = number = 0
-                repeated = []
-                while number < LINES_PER_PIECE and (line := file.readline()):
+                repeated: list[int] = []
+                is_nameless = is_last = False
+                while not is_last and (line := file.readline()):
                     id, files = _id_and_files(path, line)
-                    if id is not None:
-                        if id in seen:
+                    if id is None:
+                        is_nameless = True
+                    else:
+                        # a list may have more ids than the memory should hold
+                        name = hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                        if name in seen:
                             repeated.append(first + number)
-                        seen.add(id)
+                        seen.add(name)
                     digest.update(line)
                     for one in files:
                         digest.update(_state(one))
                     size += len(line)
                     number += 1
+                    is_last = number == LINES_PER_PIECE[-1] or (number >= LINES_PER_PIECE[0] and _ends_piece(line))
                 if not number:
                     return
-                digest.update(f"{first} {repeated}".encode())
+                if is_nameless or repeated:
+                    digest.update(f"{first} {repeated}".encode())
                 yield Lines(first, start, size, number, tuple(repeated), f"{uri_of(path)} {digest.hexdigest()}")
                 first, start = first + number, start + size
     except OSError as error:
@@ -99,12 +113,13 @@ def read_items(path: str, lines: Lines) -> Iterator[ListedItem | BrokenLine]:
         raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
     for number, line in enumerate(content.split(b"\n")[: lines.number], start=lines.first):
         if line.strip():
-            place = f"line {number}"
+            name, _ = _id_and_files(path, line)
+            place = f"line {number}" if name is None else f"id {describe(name)}"
             try:
-                id, item = parse_item(line)
-                place = f"line {number}, id {describe(id)}"
                 if number in lines.repeated:
+                    place = f"line {number}, {place}"
                     raise InputError("is left out: an earlier line has the same id.")
+                id, item = parse_item(line)
                 yield _read(path, id, item)
             except Exception as error:  # a damaged picture trips its decoder in any way; one line must not end the job
                 yield BrokenLine(f"{place}: {reason_of(error, path)}")
@@ -121,28 +136,38 @@ def parse_item(line: bytes) -> tuple[str, Item]:
     for key in record:
         if key not in _FIELDS:
             raise InputError(f"has no field {key!r}. {did_you_mean(key, _FIELDS)}")
-    id = record.pop("id", None)
-    if isinstance(id, bool) or not isinstance(id, (str, int)) or not str(id):
-        raise InputError(f"has no id: expected a string or a whole number, got {id!r}.")
+    id = _id_in(record)
+    if id is None:
+        raise InputError(f"has no id: expected a string or a whole number, got {record.get('id')!r}.")
+    record.pop("id")
     item = Item.parse(record)
     if any(not isinstance(one, str) for one in item.images):
         raise InputError("has an image that is no file name.")
     if not item.images and not (item.text or "").strip():
         raise InputError("is empty: give it text, an image, or both.")
-    return str(id), item
+    return id, item
 
 
-def _id_and_files(path: str, line: bytes) -> tuple[bytes | None, list[str]]:
-    """A hash of the id of a line, if it has one, as a list may have more ids than the memory should hold; and the files
-    of its pictures."""
+def _id_in(record: Mapping[str, Any]) -> str | None:
+    id = record.get("id")
+    return None if isinstance(id, bool) or not isinstance(id, (str, int)) else str(id) or None
+
+
+def _id_and_files(path: str, line: bytes) -> tuple[str | None, list[str]]:
+    """The id of a line, if it has one, and the files of its pictures."""
     try:
         record = json.loads(line)
-        id = str(record["id"]).encode("utf-8", "surrogatepass")
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
+        return None, []
+    if not isinstance(record, dict):
         return None, []
     image = record.get("image")
     names = image if isinstance(image, list) else [image]
-    return hashlib.blake2b(id, digest_size=8).digest(), [_file(path, one) for one in names if isinstance(one, str)]
+    return _id_in(record), [_file(path, one) for one in names if isinstance(one, str)]
+
+
+def _ends_piece(line: bytes) -> bool:
+    return int.from_bytes(hashlib.blake2b(line, digest_size=4).digest()) % _LAST_IN == 0
 
 
 def _file(path: str, name: str) -> str:
