@@ -75,7 +75,11 @@ def test_qwen_from_captions_to_distillation(
         hard_negatives=contrast(num_negatives=2, fill="repeat", **learnt),
         rerank=rerank,
         teach={"depth": 4, "share": 0.1},
-        distill={"optimizer": STEP, "loss": {"batch_size": 1, "eval_every": 0, **learnt}, "lora": LORA},
+        distill={
+            "optimizer": STEP,
+            "loss": {"batch_size": 1, "eval_every": 0, "max_pixels": 128, **learnt},
+            "lora": LORA,
+        },
     )
     assert whole.first_model("rerank") is None
     folder = run(whole, DATA, tmp_path / "run", report=lambda _: None)
@@ -92,6 +96,9 @@ def test_qwen_from_captions_to_distillation(
     assert np.abs(rows - before.encode_query(items, instruction="Find it.")).max() > 1e-6  # it has learnt
     reranker = Reranker(tmp_path / "run" / "rerank", dtype=torch.float32, device="cpu")
     assert reranker.settings.max_pixels == 6 * 64
+    assert whole.distill is not None
+    encode = _Pipeline(whole, DATA, tmp_path / "run")._embedding("distill", whole.distill)[3]
+    assert encode.pictures.max_pixels == encode.formatter.settings.max_pixels == 128  # in this stage alone
     found = read_taught(
         tmp_path / "run" / "teach", _Pipeline(whole, DATA, tmp_path / "run")._distinct_tasks("teach")[0]
     )

@@ -334,6 +334,9 @@ def test_the_plan_of_u_marvel_needs_no_weights(name: str, expected: dict[str, tu
         **{"rerank": 2e-5, "distill": 1e-5},
     }
     assert planned["distill"].trained == planned["warmup"].trained  # adapters of one rank
+    free = plan(load_recipe(RECIPES / f"{name}.yaml", ["distill.loss.max_pixels=null"]), None, None, "H100")
+    (large,) = (one.visual_tokens for one in free if one.stage == "distill")
+    assert large and planned["distill"].visual_tokens / large == pytest.approx(64 / 300, abs=0.002)
     fewer = plan(load_recipe(RECIPES / f"{name}.yaml", ["model.max_pixels=117600"]), None, None, "H100")
     half = {one.stage: one.visual_tokens for one in fewer}
     for stage in ("caption_pairs", "warmup", "rerank", "teach"):

@@ -57,7 +57,16 @@ from quarterlight.models.reranker import Reranker, reranker_folder
 from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS, EmbedderSettings, RerankerSettings
 from quarterlight.models.tokenizer import train_tokenizer, with_markers
 from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
-from quarterlight.recipe import NO_HEAD, NO_HEAD_SAVED, ContrastStage, DistillStage, Recipe, SourceRecipe, TaskRecipe
+from quarterlight.recipe import (
+    NO_HEAD,
+    NO_HEAD_SAVED,
+    NO_PIXELS,
+    ContrastStage,
+    DistillStage,
+    Recipe,
+    SourceRecipe,
+    TaskRecipe,
+)
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
 from quarterlight.training.contrast import EmbedRecipe, PromptEmbedder, train_contrastive
@@ -116,6 +125,7 @@ def run(
     pipeline = _Pipeline(recipe, data, folder)
     for stage in chosen:
         pipeline.inputs(stage)  # what is missing is missed before anything runs
+    pipeline.check_pixels(chosen)
     if "rerank" in chosen:
         pipeline.check_head()
     if not processes().is_main_process:
@@ -218,8 +228,10 @@ class _Pipeline:
                 del one["loss"]["instructions"]
             if stage == "teach" and self.recipe.teach and self.recipe.teach.ranks == self.recipe.teach.depth:
                 del one["search_depth"]
-            if stage == "restore" and one["loss"]["max_pixels"] is None:
-                one["loss"]["max_pixels"] = MAX_PIXELS
+            if one.get("loss", {}).get("max_pixels", 0) is None:
+                del one["loss"]["max_pixels"]
+                if stage == "restore":
+                    one["loss"]["max_pixels"] = MAX_PIXELS
             settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
         if stage != "restore":
             settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
@@ -296,6 +308,16 @@ class _Pipeline:
         released = preset_of(self.recipe.model.checkpoint, folder, self.recipe.model.preset)
         content = [folder_hash(folder), *([asdict(released)] if released else [])]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def check_pixels(self, stages: Sequence[str]) -> None:
+        """Raises RecipeError when one of them limits the pixels of pictures for a model that does not heed this."""
+        checkpoint = self.recipe.model.checkpoint
+        for stage in stages:
+            loss = getattr(getattr(self.recipe, stage), "loss", None)
+            if isinstance(loss, EmbedRecipe) and loss.max_pixels is not None:
+                config = InternVLVTCConfig() if checkpoint is None else load_config(resolve_checkpoint(checkpoint))
+                if "max_pixels" in backbone_of(config).unheeded:
+                    raise RecipeError(NO_PIXELS.format(stage=stage))
 
     def check_head(self) -> None:
         """Raises RecipeError when ``rerank`` would begin with an embedder that cannot write."""
@@ -523,8 +545,9 @@ class _Pipeline:
         elif stage.freeze_eyes:
             for part in backbone_of(model.config).parts(model):
                 part.requires_grad_(False)
-        max_pixels = self._settings(name).max_pixels
-        pictures = self._pictures(processor, max_pixels)
+        settings = self._settings(name)
+        settings = replace(settings, max_pixels=stage.loss.max_pixels or settings.max_pixels)
+        pictures = self._pictures(processor, settings.max_pixels)
         teacher_encoder = None
         if guided:
             assert self.recipe.teacher is not None
@@ -532,9 +555,8 @@ class _Pipeline:
         eyes = None
         if (stage.lora is not None or stage.freeze_eyes) and self.recipe.augment is None and not guided:
             # what the tower sees is kept, so the tiles need not be
-            pictures = Pictures(processor.image_processor, max_pixels=max_pixels, max_bytes=0)
+            pictures = Pictures(processor.image_processor, max_pixels=settings.max_pixels, max_bytes=0)
             eyes = FrozenEyes(model, processor.image_processor, VisualTokens(stage.loss.visual_tokens_bytes))
-        settings = self._settings(name)
         embedder = PromptEmbedder(
             model,
             shared_prefix=not stage.optimizer.gradient_checkpointing,

@@ -42,7 +42,7 @@ from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS
 from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
-from quarterlight.recipe import ContrastStage, DistillStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
+from quarterlight.recipe import NO_PIXELS, ContrastStage, DistillStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
 
@@ -321,6 +321,10 @@ class _Planner:
 
     def _contrast(self, name: str, stage: ContrastStage | DistillStage) -> StagePlan:
         tasks, loss, optimizer = self.sizes.tasks(name), stage.loss, stage.optimizer
+        if loss.max_pixels is not None:
+            if "max_pixels" in self.backbone.unheeded:
+                raise RecipeError(NO_PIXELS.format(stage=name))
+            tasks = [task.shrunk(self._most_tiles(1, loss.max_pixels) / self._most_tiles(1)) for task in tasks]
         samples = sum(task.num_queries for task in tasks)
         taught = self.recipe.teach if name in ("distill", "continue_hard") else None
         if taught is not None:
@@ -672,6 +676,11 @@ class _Task:
     num_candidates: int
     query: _Side
     candidate: _Side
+
+    def shrunk(self, share: float) -> _Task:
+        """With so large a share of the tiles."""
+        query, candidate = (replace(side, tiles=share * side.tiles) for side in (self.query, self.candidate))
+        return replace(self, query=query, candidate=candidate)
 
 
 @dataclass(frozen=True, kw_only=True)

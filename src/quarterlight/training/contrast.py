@@ -137,6 +137,8 @@ class EmbedRecipe:
     visual_tokens_bytes: int = 1 << 30
     """visual tokens of pictures that are kept in main memory where tower and connector are frozen and pictures are not
     augmented; others are worked out whenever they are used"""
+    max_pixels: int | None = None
+    """for Qwen-VL: the most pixels of a picture in this stage; without it, as the model that is made has them"""
     max_unreadable: float = 0.01
     """share of unreadable pictures above which training stops; up to it they are left out of the loss"""
     eval_every: int = 1000
@@ -145,8 +147,8 @@ class EmbedRecipe:
     """queries of a validation task that are tried, and as many candidates besides their positives"""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "chunk_tokens": 1, "eval_queries": 1, "eval_every": 0, "visual_tokens_bytes": 0}
-        self._at_least(least)
+        self._at_least({"batch_size": 1, "chunk_tokens": 1, "max_pixels": 1, "eval_queries": 1})
+        self._at_least({"eval_every": 0, "visual_tokens_bytes": 0})
         check_temperature(self.temperature, self.min_temperature, self.max_temperature, self.learn_temperature)
         if self.temperature_learning_rate is not None and not (
             self.learn_temperature and self.temperature_learning_rate > 0
