@@ -58,6 +58,10 @@ def test_two_processes_find_what_one_finds(whole: Path, tmp_path: Path) -> None:
     assert runs(tmp_path) == runs(whole)
     shares = [asked(tmp_path, rank) for rank in range(2)]
     assert all(shares) and sorted(shares[0] + shares[1]) == sorted(asked(whole))
+    seen, num_read = json.loads((whole / "pictures-0.json").read_text())
+    assert num_read == 5 and "missing.png" in seen[2] and len({*seen}) == 5
+    pictures = [json.loads((tmp_path / f"pictures-{rank}.json").read_text()) for rank in range(2)]
+    assert pictures == [[seen, 2], [seen, 3]]
 
 
 def test_a_killed_run_goes_on_without_embedding_anything_twice(whole: Path, tmp_path: Path) -> None:

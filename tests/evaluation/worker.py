@@ -18,7 +18,7 @@ from quarterlight.evaluation import pair_scores, retrieval
 from quarterlight.evaluation.benchmark import run_suite
 from quarterlight.evaluation.suites import Average, Suite, SuiteTask
 from quarterlight.models.settings import RerankerSettings
-from quarterlight.records import Candidate, Item, Query
+from quarterlight.records import Candidate, ImageSource, Item, Query
 from quarterlight.training import embeddings
 from quarterlight.training.distributed import processes
 
@@ -61,6 +61,27 @@ class Coin:
         time.sleep(self.seconds)
         self.asked += [f"{a.text} {b.text}" for a, b in pairs]
         return np.array([abs(numbers(f"{a.text} {b.text}", 1)[0]) % 1 for a, b in pairs], np.float32)
+
+
+class Reading(embeddings.Contents):
+    """Counts the pictures that this process reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_read = 0
+
+    def _read(self, source: ImageSource) -> bytes | str:  # type: ignore[override]
+        self.num_read += 1
+        return super()._read(source)
+
+
+def read_pictures() -> tuple[list[str], int]:
+    """What five pictures show, or what is wrong with them, and how many of them this process has read."""
+    contents = Reading()
+    items = [Item(image=one) for one in (b"a", b"b", "missing.png", b"c", b"a copy")]
+    contents.read(items)
+    found = [(contents.of(item) or b"").hex() or str(contents.problem(item)) for item in items]
+    return found, contents.num_read
 
 
 def suite() -> Suite:
@@ -131,6 +152,7 @@ def run(out: Path, cache: Path, seconds: float = 0.0, rerank_seconds: float = 0.
     out.mkdir(parents=True, exist_ok=True)
     (out / f"asked-{process.process_index}").write_text("\n".join(encoder.asked))
     (out / f"pairs-{process.process_index}").write_text("\n".join(coin.asked))
+    (out / f"pictures-{process.process_index}.json").write_text(json.dumps(read_pictures()))
     (out / f"record-{process.process_index}.json").write_text(json.dumps(record))
 
 

@@ -23,7 +23,7 @@ from quarterlight.images import content_hash
 from quarterlight.models.readable import encode_readable
 from quarterlight.prompts import Role
 from quarterlight.records import ImageSource, Item
-from quarterlight.training.distributed import processes
+from quarterlight.training.distributed import gather_objects, processes, share
 
 SHARD = 2048
 """Items put to the embedder and written at once: so many are lost at most when a process is killed."""
@@ -62,17 +62,18 @@ class Contents:
         return list(self._problem.values())
 
     def read(self, items: Iterable[Item], *, show_progress: bool = False) -> None:
-        """Reads the pictures of items, each once."""
+        """Reads the pictures of items, each once.  Under a launcher the processes share them: all must call alike."""
         known = self._picture.keys() | self._problem.keys()
         missing = {_name(one): one for item in items for one in item.images if _name(one) not in known}
+        own = share([*missing.values()])
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(self._read, missing.values())
-            unit: dict[str, Any] = {"unit": "picture", "desc": "read pictures", "total": len(missing)}
-            for name, value in zip(missing, tqdm(found, disable=not (show_progress and missing), **unit), strict=True):
-                if isinstance(value, bytes):
-                    self._picture[name] = value
-                else:
-                    self._problem[name] = value
+            unit: dict[str, Any] = {"unit": "picture", "desc": "read pictures", "total": len(own)}
+            found = [*tqdm(pool.map(self._read, own), disable=not (show_progress and own), **unit)]
+        for name, value in zip(missing, gather_objects(found), strict=True):
+            if isinstance(value, bytes):
+                self._picture[name] = value
+            else:
+                self._problem[name] = value
 
     def of(self, item: Item) -> bytes | None:
         """The content of an item whose pictures have been read; ``None`` if one of them could not be."""
