@@ -71,7 +71,7 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("rerank.loss.max_negatives=9", "at most 8"),
         ("rerank.loss.pointwise_weight=-1.0", "pointwise_weight must not be below 0"),
         ("rerank.loss={pointwise_weight: 0, listwise_weight: 0}", "must not both be 0"),
-        ("rerank.fusion_weight=1.5", "fusion_weight must be from 0 to 1"),
+        ("rerank.fusion_weight=1.5", "fusion_weight must be a share from 0 to 1"),
         ("rerank.weights={emoji/t2t2: 1.0}", "does not name. Did you mean 'emoji/t2t'"),
         ("model.text.tie_word_embeddings=false", "no language head of its own"),
         ("mine.window=[60, 50]", "window"),

@@ -60,3 +60,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     return f"{hint}Known: {', '.join(names)}."
+
+
+def check_least(recipe: object, **least: float) -> None:
+    """Raises RecipeError for the first field that is below what it must be at least; ``None`` is not given.
+
+    >>> check_least(range(3), start=0, stop=4)
+    Traceback (most recent call last):
+    quarterlight.errors.RecipeError: stop must be at least 4, got 3.
+    """
+    for name, lowest in least.items():
+        value = getattr(recipe, name)
+        if value is not None and value < lowest:
+            raise RecipeError(f"{name} must be at least {lowest}, got {value}.")
+
+
+def check_share(recipe: object, *names: str) -> None:
+    """Raises RecipeError for the first field that is no share from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise RecipeError(f"{name} must be a share from 0 to 1, got {getattr(recipe, name)}.")

@@ -15,7 +15,7 @@ import yaml
 from transformers import InternVLVisionConfig, Qwen2Config
 
 from quarterlight.data.registry import find
-from quarterlight.errors import InputError, RecipeError, did_you_mean
+from quarterlight.errors import InputError, RecipeError, check_least, check_share, did_you_mean
 from quarterlight.mining.judge import JudgeRecipe
 from quarterlight.mining.negatives import MineRecipe
 from quarterlight.mining.teaching import TeachRecipe
@@ -100,8 +100,7 @@ class TaskRecipe:
 
     def __post_init__(self) -> None:
         _check_entry(self.registry, self.weight)
-        if self.max_tiles is not None and self.max_tiles < 1:
-            raise RecipeError(f"max_tiles must be at least 1, got {self.max_tiles}.")
+        check_least(self, max_tiles=1)
 
     @property
     def label(self) -> str:
@@ -320,8 +319,7 @@ class RerankStage:
     """dataset/task -> weight in this stage, in place of that in the mixture"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fusion_weight <= 1:
-            raise RecipeError(f"fusion_weight must be from 0 to 1, got {self.fusion_weight}.")
+        check_share(self, "fusion_weight")
 
     @property
     def num_negatives(self) -> int:
@@ -376,8 +374,7 @@ class Recipe:
         for name in ("teacher", "tower"):
             if (stage := getattr(self, name)) is not None and stage.optimizer.gradient_checkpointing:
                 raise RecipeError(f"{name}.optimizer.gradient_checkpointing: this stage keeps its activations.")
-        if self.devices < 1:
-            raise RecipeError(f"devices must be at least 1, got {self.devices}.")
+        check_least(self, devices=1)
         guided = self.tower is not None or any(one.teacher_weight for one in self.contrast.values())
         if self.teacher is None and guided:
             raise RecipeError("The recipe has no teacher stage, which its tower or a teacher_weight asks for.")

@@ -267,7 +267,7 @@ def test_bad_input_is_a_sentence(task: RetrievalTask, retrieved: Path, tmp_path:
         ({"backend": "transformers", "model": "m", "url": "http://u"}, "'transformers' has no use for url"),
         ({"backend": "endpoint", "model": "m", "url": "u", "truth": "d"}, "'endpoint' has no use for truth"),
         ({"backend": "labels", "concurrency": 0}, "concurrency must be at least 1, got 0"),
-        ({"backend": "labels", "max_failed": 2}, "max_failed a share from 0 to 1; got 120.0 and 2.0"),
+        ({"backend": "labels", "max_failed": 2}, "max_failed must be a share from 0 to 1, got 2.0"),
         ({"backend": "labels", "tempo": 2}, "unknown key 'tempo'"),
     ],
 )

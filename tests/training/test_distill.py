@@ -202,5 +202,5 @@ def test_a_stopped_run_ends_as_if_never_stopped(
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(RecipeError, match="recall_weight must be from 0 to 1"):
+    with pytest.raises(RecipeError, match="recall_weight must be a share from 0 to 1"):
         DistillRecipe(recall_weight=1.5)

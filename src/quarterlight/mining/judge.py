@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask
-from quarterlight.errors import DatasetError, JudgeError, RecipeError, did_you_mean
+from quarterlight.errors import DatasetError, JudgeError, RecipeError, check_least, check_share, did_you_mean
 from quarterlight.mining.judge_report import EXAMPLES, Example, JudgeCounts, JudgedTask, write_judge_report
 from quarterlight.mining.judges import Judge, Pair, Verdict
 from quarterlight.mining.judges.labels import LabelJudge
@@ -119,13 +119,10 @@ class JudgeRecipe:
         for name in sorted(others if self.backend == "labels" else {*others, "same", "incomplete", "truth"}):
             if getattr(self, name):
                 raise RecipeError(f"A judge of the kind {self.backend!r} has no use for {name}: leave it out.")
-        for name, least in {"concurrency": 1, "retries": 0, "tokens_per_batch": 1, "max_pixels": 1}.items():
-            if getattr(self, name) < least:
-                raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.timeout_s <= 0 or not 0 <= self.max_failed <= 1:
-            raise RecipeError(
-                f"timeout_s is above 0 and max_failed a share from 0 to 1; got {self.timeout_s} and {self.max_failed}."
-            )
+        check_least(self, concurrency=1, retries=0, tokens_per_batch=1, max_pixels=1)
+        check_share(self, "max_failed")
+        if self.timeout_s <= 0:
+            raise RecipeError(f"timeout_s must be above 0, got {self.timeout_s}.")
 
 
 def judge(

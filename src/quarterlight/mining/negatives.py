@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from quarterlight.data.pools import global_task
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.errors import DatasetError, RecipeError
+from quarterlight.errors import DatasetError, RecipeError, check_least, check_share
 from quarterlight.files import replace_file
 from quarterlight.mining.neighbours import EXACT_LIMIT, ExactSearch, IndexedSearch, Search, build_index
 from quarterlight.mining.parts import Parts, noted, notes_of, write_table
@@ -72,8 +72,8 @@ class MineRecipe:
     """share of unreadable pictures above which mining stops; up to it they are left out"""
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise RecipeError(f"depth must be at least 1, got {self.depth}.")
+        check_least(self, depth=1)
+        check_share(self, "max_unreadable")
         if self.window is not None:
             if len(self.window) != 2 or not 1 <= self.window[0] <= self.window[1] <= self.depth:
                 raise RecipeError(
@@ -87,8 +87,6 @@ class MineRecipe:
             raise RecipeError(f"max_score must be a cosine above -1 and up to 1, got {self.max_score}.")
         if self.margin is not None and not 0 < self.margin <= 1:
             raise RecipeError(f"margin must be above 0 and at most 1, got {self.margin}.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise RecipeError(f"max_unreadable must be a share from 0 to 1, got {self.max_unreadable}.")
 
     def choose(self, score_K: npt.NDArray[np.float32], highest: float, draw: np.random.Generator) -> list[int]:
         """Places, from 0, of the candidates that are taken from a ranked list, ascending.

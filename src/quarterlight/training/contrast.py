@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from quarterlight.data.contrastive import Batch, BatchSampler, ContrastiveBatch, Instructions, TaskMixture
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.errors import RecipeError
+from quarterlight.errors import RecipeError, check_least, check_share
 from quarterlight.losses.info_nce import info_nce
 from quarterlight.metrics.ranking import hit
 from quarterlight.metrics.search import rank_embeddings
@@ -147,8 +147,9 @@ class EmbedRecipe:
     """queries of a validation task that are tried, and as many candidates besides their positives"""
 
     def __post_init__(self) -> None:
-        self._at_least({"batch_size": 1, "chunk_tokens": 1, "max_pixels": 1, "eval_queries": 1})
-        self._at_least({"eval_every": 0, "visual_tokens_bytes": 0})
+        check_least(self, batch_size=1, chunk_tokens=1, max_pixels=1, eval_queries=1, eval_every=0)
+        check_least(self, visual_tokens_bytes=0)
+        check_share(self, "max_unreadable")
         check_temperature(self.temperature, self.min_temperature, self.max_temperature, self.learn_temperature)
         if self.temperature_learning_rate is not None and not (
             self.learn_temperature and self.temperature_learning_rate > 0
@@ -157,14 +158,6 @@ class EmbedRecipe:
                 "temperature_learning_rate must be above 0, and is of no use without learn_temperature; got "
                 f"{self.temperature_learning_rate}."
             )
-        if not 0 <= self.max_unreadable <= 1:
-            raise RecipeError(f"max_unreadable must be a share from 0 to 1, got {self.max_unreadable}.")
-
-    def _at_least(self, least: Mapping[str, int]) -> None:
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise RecipeError(f"{name} must be at least {lowest}, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +185,7 @@ class ContrastRecipe(EmbedRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least({"sub_batch_size": 1, "num_negatives": 0, "hardness_weight": 0, "backward_weight": 0})
+        check_least(self, sub_batch_size=1, num_negatives=0, hardness_weight=0, backward_weight=0)
         if self.fill not in ("none", "repeat"):
             raise RecipeError(f"fill must be none or repeat, got {self.fill!r}.")
         if self.symmetric and self.backward_weight:

@@ -17,7 +17,7 @@ from torch import Tensor
 from quarterlight.data.contrastive import Batch, Instructions, TaskMixture
 from quarterlight.data.distill import DistillBatch, DistillSampler, ScoredList
 from quarterlight.data.retrieval import RetrievalTask
-from quarterlight.errors import RecipeError
+from quarterlight.errors import check_share
 from quarterlight.losses.distill import distill, teacher_scores
 from quarterlight.training.collate import ItemEncoder
 from quarterlight.training.contrast import EmbeddingTrainer, EmbedRecipe, PromptEmbedder, fit
@@ -38,8 +38,7 @@ class DistillRecipe(EmbedRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.recall_weight <= 1:
-            raise RecipeError(f"recall_weight must be from 0 to 1, got {self.recall_weight}.")
+        check_share(self, "recall_weight")
 
 
 class DistillTrainer(EmbeddingTrainer):

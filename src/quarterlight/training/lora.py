@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quarterlight.errors import RecipeError, did_you_mean
+from quarterlight.errors import RecipeError, check_least, did_you_mean
 from quarterlight.models.adapter import merge_lora
 
 __all__ = ["LoraRecipe", "add_lora", "merge_lora"]
@@ -32,8 +32,7 @@ class LoraRecipe:
     """saves the adapter beside the weights it was trained on, rather than merged into them"""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RecipeError(f"rank must be at least 1, got {self.rank}.")
+        check_least(self, rank=1)
         if self.alpha <= 0:
             raise RecipeError(f"alpha must be above 0, got {self.alpha}.")
         if not 0 <= self.dropout < 1:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from quarterlight.errors import RecipeError
+from quarterlight.errors import RecipeError, check_least
 from quarterlight.models.embedder import best_dtype
 from quarterlight.training.distributed import processes
 
@@ -62,10 +62,7 @@ class OptimizerRecipe:
                 f"An optimizer takes either warmup_steps or warmup_ratio, got {self.warmup_steps} and "
                 f"{self.warmup_ratio}."
             )
-        for name in ("num_steps", "save_every", "log_every", "gradient_accumulation_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name} must be at least 1, got {value}.")
+        check_least(self, num_steps=1, save_every=1, log_every=1, gradient_accumulation_steps=1)
         if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
             raise RecipeError(f"num_epochs must be above 0, got {self.num_epochs}.")
         if self.learning_rate <= 0 or self.num_workers < 0:

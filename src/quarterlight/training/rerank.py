@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from quarterlight.data.contrastive import TaskMixture
 from quarterlight.data.rerank import RerankRow, RerankSampler
-from quarterlight.errors import RecipeError
+from quarterlight.errors import RecipeError, check_least, check_share
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.inputs import TokenizedPrompt
 from quarterlight.models.processor import VTCProcessor
@@ -75,10 +75,8 @@ class RerankRecipe:
     """share of unreadable pictures above which training stops; up to it, their rows are left out of the loss"""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "min_negatives": 1, "eval_every": 0, "eval_queries": 0, "visual_tokens_bytes": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise RecipeError(f"{name} must be at least {value}, got {getattr(self, name)}.")
+        check_least(self, batch_size=1, min_negatives=1, eval_every=0, eval_queries=0, visual_tokens_bytes=0)
+        check_share(self, "max_unreadable")
         if not self.min_negatives <= self.max_negatives < MAX_LIST:
             raise RecipeError(
                 f"max_negatives must be at least min_negatives ({self.min_negatives}) and at most {MAX_LIST - 1}, for "
@@ -89,8 +87,6 @@ class RerankRecipe:
                 raise RecipeError(f"{name} must not be below 0, got {getattr(self, name)}.")
         if not self.pointwise_weight + self.listwise_weight:
             raise RecipeError("pointwise_weight and listwise_weight must not both be 0.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise RecipeError(f"max_unreadable must be from 0 to 1, got {self.max_unreadable}.")
 
 
 @dataclass(frozen=True)

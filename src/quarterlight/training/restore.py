@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quarterlight.data.conversations import IMAGE, Conversation, Conversations
 from quarterlight.data.packing import PackedSampler, Sample, cut, pack_all
-from quarterlight.errors import ImageError, RecipeError
+from quarterlight.errors import ImageError, RecipeError, check_least, check_share
 from quarterlight.images import describe, image_size
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.inputs import PlainText, frame_ids
@@ -64,13 +64,9 @@ class RestoreRecipe:
     """share of unreadable pictures above which training stops"""
 
     def __post_init__(self) -> None:
-        least = {"max_tokens": 1, "packs_per_device": 1, "max_tiles": 1, "max_pixels": 1, "eval_conversations": 1}
-        least["eval_every"] = 0
-        for name, value in least.items():
-            if (given := getattr(self, name)) is not None and given < value:
-                raise RecipeError(f"{name} must be at least {value}, got {given}.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise RecipeError(f"max_unreadable must be from 0 to 1, got {self.max_unreadable}.")
+        check_least(self, max_tokens=1, packs_per_device=1, max_tiles=1, max_pixels=1, eval_conversations=1)
+        check_least(self, eval_every=0)
+        check_share(self, "max_unreadable")
 
 
 class ConversationTokenizer:
