@@ -23,7 +23,7 @@ from quarterlight.losses.info_nce import info_nce
 from quarterlight.models.checkpoint import load_backbone, load_settings
 from quarterlight.models.inputs import InputFormatter
 from quarterlight.records import Item
-from quarterlight.training.contrast import PromptEmbedder
+from quarterlight.training.prompt_embedder import PromptEmbedder
 
 BATCHES = (64, 128, 256, 512)
 MEMORY_GB = 2.0

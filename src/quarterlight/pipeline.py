@@ -69,11 +69,13 @@ from quarterlight.recipe import (
 )
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
-from quarterlight.training.contrast import EmbedRecipe, PromptEmbedder, train_contrastive
+from quarterlight.training.contrast import train_contrastive
 from quarterlight.training.distill import train_distill
 from quarterlight.training.distributed import processes
+from quarterlight.training.embedder import EmbedRecipe
 from quarterlight.training.eyes import FrozenEyes, VisualTokens
 from quarterlight.training.lora import add_lora, merge_lora
+from quarterlight.training.prompt_embedder import PromptEmbedder
 from quarterlight.training.report import write_report
 from quarterlight.training.rerank import train_rerank
 from quarterlight.training.restore import train_restore

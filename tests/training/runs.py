@@ -16,8 +16,9 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.records import Candidate, Item, Query
 from quarterlight.training.augment import AugmentRecipe
 from quarterlight.training.collate import ContrastiveSteps, Pictures, PromptEncoder
-from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, PromptEmbedder
+from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe
 from quarterlight.training.optimizer import OptimizerRecipe
+from quarterlight.training.prompt_embedder import PromptEmbedder
 
 NUM_QUERIES = 13
 """Odd, so that two processes have different shares."""

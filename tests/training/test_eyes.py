@@ -20,8 +20,9 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.tokenizer import with_markers
 from quarterlight.training.collate import ContrastiveSteps, Pictures, PromptEncoder
-from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, PromptEmbedder, train_contrastive
+from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, train_contrastive
 from quarterlight.training.eyes import FrozenEyes, VisualTokens
+from quarterlight.training.prompt_embedder import PromptEmbedder
 
 
 @pytest.fixture(scope="module")

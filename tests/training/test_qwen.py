@@ -24,7 +24,7 @@ from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.records import Candidate, Item, Query
 from quarterlight.training.augment import AugmentRecipe, augment, draw
 from quarterlight.training.collate import Pictures, PromptEncoder
-from quarterlight.training.contrast import PromptEmbedder
+from quarterlight.training.prompt_embedder import PromptEmbedder
 from quarterlight.training.rerank import AnswerWriter, RerankCollator, VisualTokens
 from quarterlight.training.restore import ConversationTokenizer, PackCollator, RestoreRecipe, next_token_loss
 

@@ -16,8 +16,9 @@ from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import RecipeError
 from quarterlight.losses.info_nce import info_nce
 from quarterlight.models.checkpoint import load_backbone, load_settings, load_temperature, save_checkpoint
-from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, PromptEmbedder, train_contrastive
+from quarterlight.training.contrast import ContrastiveTrainer, ContrastRecipe, train_contrastive
 from quarterlight.training.lora import LoraRecipe, add_lora, merge_lora
+from quarterlight.training.prompt_embedder import PromptEmbedder
 from quarterlight.training.temperature import NAME
 
 

@@ -427,7 +427,8 @@ def _contrast(
     from quarterlight.models.inputs import InputFormatter
     from quarterlight.models.settings import EmbedderSettings
     from quarterlight.training.collate import Pictures, PromptEncoder
-    from quarterlight.training.contrast import ContrastRecipe, PromptEmbedder, train_contrastive
+    from quarterlight.training.contrast import ContrastRecipe, train_contrastive
+    from quarterlight.training.prompt_embedder import PromptEmbedder
 
     recompute = settings.get("recompute", False)
     formatter = InputFormatter(processor, EmbedderSettings(text_max_tokens=_TEXT_MAX_TOKENS))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from quarterlight.training.distributed import gather_objects
 from quarterlight.training.threads import InputThreads
-from quarterlight.training.trouble import PictureLog
 from quarterlight.training.watched import WatchedTrainer
 
 
@@ -49,17 +48,11 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 class BatchTrainer(WatchedTrainer):
-    """``Trainer`` over :class:`Batches`, which counts the pictures in them.
+    """``Trainer`` over :class:`Batches`, which counts the pictures in them."""
 
-    max_unreadable: share of the pictures above which training stops.
-    """
-
-    def __init__(self, *, batches: Batches, max_unreadable: float, **more: Any) -> None:
+    def __init__(self, *, batches: Batches, **more: Any) -> None:
         super().__init__(train_dataset=batches, **more)
         self.batches = batches
-        self._folder = Path(str(self.args.output_dir))
-        self._pictures = PictureLog(self._folder, max_unreadable)
-        self._started = time.monotonic()
 
     @property
     def utilisation(self) -> float:
@@ -77,6 +70,15 @@ class BatchTrainer(WatchedTrainer):
             return super().train(*arguments, **options)
         finally:
             self.batches.close()
+
+    def _begin(self, inputs: Mapping[str, Any], ids: Sequence[str]) -> None:
+        """Counts the pictures of a batch on all processes, and remembers what it holds.
+
+        ids: names of the inputs that say it.  Raises DatasetError when too many pictures cannot be read.
+        """
+        found = gather_objects([(inputs["num_pictures"], inputs["unreadable"])])
+        self._pictures.add(sum(number for number, _ in found), [reason for _, one in found for reason in one])
+        self._batch_ids = {name: inputs[name] for name in ids}
 
 
 def _only(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quarterlight.data.contrastive import Batch, Instructions, TaskMixture
+from quarterlight.data.contrastive import Instructions, TaskMixture
 from quarterlight.data.distill import DistillBatch, DistillSampler, ScoredList
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import check_share
 from quarterlight.losses.distill import distill, teacher_scores
 from quarterlight.training.collate import ItemEncoder
-from quarterlight.training.contrast import EmbeddingTrainer, EmbedRecipe, PromptEmbedder, fit
 from quarterlight.training.distributed import world_size
+from quarterlight.training.embedder import EmbeddedBatch, EmbeddingTrainer, EmbedRecipe, fit
 from quarterlight.training.optimizer import OptimizerRecipe
+from quarterlight.training.prompt_embedder import PromptEmbedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,29 +47,20 @@ class DistillTrainer(EmbeddingTrainer):
 
     recipe: DistillRecipe
 
-    def _batch_loss(
-        self,
-        batch: Batch,
-        query_QD: Tensor,
-        candidate_UD: Tensor,
-        index_C: Tensor,
-        *,
-        temperature: float | Tensor,
-        readable_Q: Tensor,
-        readable_C: Tensor,
-    ) -> Tensor:
+    def _batch_loss(self, one: EmbeddedBatch) -> Tensor:
+        batch, query_QD = one.batch, one.query_QD
         assert isinstance(batch, DistillBatch)
         column_QK, listed_QK, recall_QK, rerank_QK = (
-            torch.from_numpy(one).to(query_QD.device)
-            for one in (batch.column, batch.listed, batch.recall, batch.rerank)
+            torch.from_numpy(values).to(query_QD.device)
+            for values in (batch.column, batch.listed, batch.recall, batch.rerank)
         )
         with torch.autocast(query_QD.device.type, enabled=False):
-            student_QK = torch.einsum("qd,qkd->qk", query_QD, candidate_UD[index_C[column_QK]])
+            student_QK = torch.einsum("qd,qkd->qk", query_QD, one.candidate_UD[one.index_C[column_QK]])
         return distill(
             student_QK,
             teacher_scores(recall_QK, rerank_QK, self.recipe.recall_weight),
-            temperature=temperature,
-            mask_QK=listed_QK & readable_Q[:, None] & readable_C[column_QK],
+            temperature=one.temperature,
+            mask_QK=listed_QK & one.readable_Q[:, None] & one.readable_C[column_QK],
         )
 
 

@@ -139,6 +139,21 @@ class OptimizerRecipe:
         arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would join batches that do not belong together
         return arguments
 
+    def threaded(self, folder: Path, *, seed: int, num_steps: int, eval_every: int = 0) -> TrainingArguments:
+        """The same where threads of our own prepare the batches, and the loader of ``Trainer`` only hands them on.
+
+        eval_every: steps between validations; 0 for none.
+        """
+        return self.arguments(
+            folder,
+            seed=seed,
+            num_steps=num_steps,
+            dataloader_num_workers=0,
+            dataloader_multiprocessing_context=None,
+            eval_strategy="steps" if eval_every else "no",
+            eval_steps=eval_every or None,
+        )
+
 
 def tensorboard(folder: Path) -> TensorBoardCallback:
     """Writes what ``Trainer`` logs to ``folder/tensorboard``."""

@@ -40,10 +40,9 @@ from quarterlight.models.tiles import Grid
 from quarterlight.records import Item
 from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
-from quarterlight.training.distributed import gather_objects, share, world_size
+from quarterlight.training.distributed import share, world_size
 from quarterlight.training.eyes import FrozenEyes, PictureKey, VisualTokens, picture_keys, show
-from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
-from quarterlight.training.trouble import stop_at
+from quarterlight.training.optimizer import OptimizerRecipe, recompute_activations
 from quarterlight.training.writer import Writer
 
 _YES, _NO, _LIST = _KINDS = range(3)  # what is answered
@@ -441,9 +440,7 @@ class RerankTrainer(BatchTrainer):
 
         Raises RecipeError on a loss that is not finite, DatasetError when too many pictures cannot be read.
         """
-        found = gather_objects([(inputs["num_pictures"], inputs["unreadable"])])
-        self._pictures.add(sum(number for number, _ in found), [reason for _, one in found for reason in one])
-        self._batch_ids = {"qids": inputs["qids"], "dids": inputs["dids"]}
+        self._begin(inputs, ["qids", "dids"])
         loss_N, _ = model(inputs)
         count_K = torch.bincount(inputs["kinds"], inputs["weights"], minlength=len(_KINDS))
         count_K = self.accelerator.reduce(count_K, "sum").clamp(min=1)
@@ -451,8 +448,7 @@ class RerankTrainer(BatchTrainer):
             [self.recipe.pointwise_weight, self.recipe.pointwise_weight, self.recipe.listwise_weight]
         ).to(count_K)
         loss = (loss_N * inputs["weights"] * (weight_K / count_K)[inputs["kinds"]]).sum()
-        if not torch.isfinite(loss):
-            stop_at(self._folder, self.state.global_step, loss.item(), what="loss", **self._batch_ids)
+        self._check(loss, self.state.global_step)
         return loss * world_size()  # processes average their gradients, where a sum is wanted
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -472,10 +468,7 @@ class RerankTrainer(BatchTrainer):
             metrics["eval_list_accuracy"] = totals["lists_right"] / totals["lists"]
         metrics["eval_loss"] = self.recipe.pointwise_weight * metrics.get("eval_pointwise_loss", 0.0)
         metrics["eval_loss"] += self.recipe.listwise_weight * metrics.get("eval_listwise_loss", 0.0)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._started += time.monotonic() - started
-        return metrics
+        return self._validated(metrics, started)
 
     @torch.no_grad()
     def _totals(self) -> dict[str, float]:
@@ -545,16 +538,6 @@ def train_rerank(
     )
     accumulated = optimizer.gradient_accumulation_steps
     num_steps = optimizer.steps(sampler.counts.trained, sampler.batch_size * accumulated)
-    evaluating = recipe.eval_every > 0 and len(sampler.held_out) > 0
-    arguments = optimizer.arguments(
-        folder,
-        seed=seed,
-        num_steps=num_steps,
-        dataloader_num_workers=0,  # threads prepare the batches
-        dataloader_multiprocessing_context=None,
-        eval_strategy="steps" if evaluating else "no",
-        eval_steps=recipe.eval_every if evaluating else None,
-    )
     known = VisualTokens(recipe.visual_tokens_bytes)
     formatter = RerankFormatter(processor, settings)
     pictures = Pictures(
@@ -569,23 +552,23 @@ def train_rerank(
     )
     if optimizer.gradient_checkpointing:
         recompute_activations(model)
+    writer = AnswerWriter(model, processor, known, collate.answers, shared_prefix=not optimizer.gradient_checkpointing)
     trainer = RerankTrainer(
-        model=AnswerWriter(
-            model, processor, known, collate.answers, shared_prefix=not optimizer.gradient_checkpointing
+        model=writer,
+        args=optimizer.threaded(
+            folder, seed=seed, num_steps=num_steps, eval_every=recipe.eval_every if sampler.held_out else 0
         ),
-        args=arguments,
         batches=Batches(
             lambda step: collate(share(sampler.rows(step))), num_steps * accumulated, num_threads=optimizer.num_workers
         ),
         sampler=sampler,
         recipe=recipe,
         collate=RerankCollator(formatter, pictures, known),  # validation looks at both, whatever is trained
-        callbacks=[tensorboard(folder)],
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_sharded:
         raise RecipeError(
             "The stage rerank does not train sharded weights: start it without FSDP and DeepSpeed, with rerank.lora if "
             "the whole model does not fit."
         )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.run(writer)
     return trainer

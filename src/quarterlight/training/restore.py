@@ -5,7 +5,6 @@ Legend of shapes: B packs, L tokens of the longest, N labelled tokens of all of 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -34,9 +33,8 @@ from quarterlight.models.tiles import Grid
 from quarterlight.records import ImageSource, Item
 from quarterlight.training.batches import Batches, BatchTrainer
 from quarterlight.training.collate import Pictures
-from quarterlight.training.distributed import gather_objects, rank, world_size
-from quarterlight.training.optimizer import OptimizerRecipe, last_checkpoint, recompute_activations, tensorboard
-from quarterlight.training.trouble import stop_at
+from quarterlight.training.distributed import rank, world_size
+from quarterlight.training.optimizer import OptimizerRecipe, recompute_activations
 from quarterlight.training.writer import Writer
 
 _GROUNDING = ("<ref>", "</ref>", "<box>", "</box>")  # InternVL's marks of phrases and boxes
@@ -161,7 +159,7 @@ class PackCollator:
         places: int64 [N], where in the flattened [B, L] a labelled token is the next.  labels: int64 [N], that token.
         pixel_values: what the tower reads, if there are pictures; grids: int64 [P, 2], where they are pairs.
         slices: into how many parts the labels are cut.
-        ids: of the samples.  unreadable: why pictures cannot be read.  num_images: of the samples.
+        ids: of the samples.  unreadable: why pictures cannot be read.  num_pictures: of the samples.
         """
         length = max(1, *(sum(map(len, pack)) for pack in packs))
         input_ids = np.full((len(packs), length), self.processor.tokenizer.pad_token_id, np.int64)
@@ -198,7 +196,7 @@ class PackCollator:
             "slices": self.slices,
             "ids": [sample.id for pack in packs for sample in pack],
             "unreadable": unreadable,
-            "num_images": sum(len(sample.images) for pack in packs for sample in pack),
+            "num_pictures": sum(len(sample.images) for pack in packs for sample in pack),
         }
         if self.processor.num_axes > 1:
             batch["position_ids"] = torch.cat([batch["position_ids"][None], axes])
@@ -287,12 +285,9 @@ class RestoreTrainer(BatchTrainer):
 
         Raises RecipeError on a loss that is not finite, DatasetError when too many pictures cannot be read.
         """
-        found = gather_objects([(inputs["num_images"], inputs["unreadable"])])
-        self._pictures.add(sum(number for number, _ in found), [reason for _, one in found for reason in one])
-        self._batch_ids = {"ids": inputs["ids"]}
+        self._begin(inputs, ["ids"])
         loss = model(inputs)
-        if not torch.isfinite(loss):
-            stop_at(self._folder, self.state.global_step, loss.item(), what="loss", **self._batch_ids)
+        self._check(loss, self.state.global_step)
         # processes average their gradients, where a sum is wanted
         return loss * world_size() / max(1, int(num_items_in_batch))
 
@@ -303,10 +298,7 @@ class RestoreTrainer(BatchTrainer):
         metrics = {f"eval_loss_{label.replace('/', '_')}": loss / count for label, (loss, count) in totals.items()}
         loss, count = (sum(one) for one in zip(*totals.values(), strict=True))
         metrics["eval_loss"] = loss / count
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._started += time.monotonic() - started
-        return metrics
+        return self._validated(metrics, started)
 
     @torch.no_grad()
     def _total(self, packs: list[list[Sample]]) -> tuple[float, int]:
@@ -373,34 +365,18 @@ def train_restore(
         first = number * packs + rank() * recipe.packs_per_device
         return collate([sampler.pack(first + one) for one in range(recipe.packs_per_device)])
 
-    evaluating = recipe.eval_every > 0 and len(validation) > 0
-    arguments = optimizer.arguments(
-        folder,
-        seed=seed,
-        num_steps=num_steps,
-        dataloader_num_workers=0,  # threads prepare the batches
-        dataloader_multiprocessing_context=None,
-        eval_strategy="steps" if evaluating else "no",
-        eval_steps=recipe.eval_every if evaluating else None,
-    )
     if optimizer.gradient_checkpointing:
         recompute_activations(model)
     writer = _Writer(model)
     trainer = RestoreTrainer(
         model=writer,
-        args=arguments,
+        args=optimizer.threaded(
+            folder, seed=seed, num_steps=num_steps, eval_every=recipe.eval_every if validation else 0
+        ),
         batches=Batches(make, num_steps * accumulated, num_threads=optimizer.num_workers),
         recipe=recipe,
         collate=collate,
-        held_out=hold_out(validation, tokenize, recipe) if evaluating else {},
-        callbacks=[tensorboard(folder)],
+        held_out=hold_out(validation, tokenize, recipe) if recipe.eval_every else {},
     )
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded:  # which changes the modules for good
-        trainer.model = trainer.model_wrapped = copy.deepcopy(writer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if sharded:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if trainer.is_world_process_zero():
-            writer.load_state_dict(state)
+    trainer.run(writer)
     return trainer
