@@ -61,8 +61,8 @@ from quarterlight.recipe import (
     NO_HEAD,
     NO_HEAD_SAVED,
     NO_PIXELS,
-    ContrastStage,
     DistillStage,
+    EmbedStage,
     Recipe,
     SourceRecipe,
     TaskRecipe,
@@ -315,7 +315,7 @@ class _Pipeline:
         """Raises RecipeError when one of them limits the pixels of pictures for a model that does not heed this."""
         checkpoint = self.recipe.model.checkpoint
         for stage in stages:
-            loss = getattr(getattr(self.recipe, stage), "loss", None)
+            loss = getattr(getattr(self.recipe, stage, None), "loss", None)
             if isinstance(loss, EmbedRecipe) and loss.max_pixels is not None:
                 config = InternVLVTCConfig() if checkpoint is None else load_config(resolve_checkpoint(checkpoint))
                 if "max_pixels" in backbone_of(config).unheeded:
@@ -533,7 +533,7 @@ class _Pipeline:
         self._save_embedder("distill", stage, draft, model, processor, trainer.temperature)
 
     def _embedding(
-        self, name: str, stage: ContrastStage | DistillStage, *, guided: bool = False
+        self, name: str, stage: EmbedStage, *, guided: bool = False
     ) -> tuple[Any, VTCProcessor, PromptEmbedder, PromptEncoder]:
         """Backbone and processor of a stage that trains an embedder, the same as a model to train, and its inputs.
 
@@ -579,7 +579,7 @@ class _Pipeline:
     def _save_embedder(
         self,
         name: str,
-        stage: ContrastStage | DistillStage,
+        stage: EmbedStage,
         draft: Path,
         model: Any,
         processor: VTCProcessor,

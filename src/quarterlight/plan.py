@@ -42,7 +42,16 @@ from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS
 from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
-from quarterlight.recipe import NO_PIXELS, ContrastStage, DistillStage, Recipe, RerankStage, SourceRecipe, TaskRecipe
+from quarterlight.recipe import (
+    NO_PIXELS,
+    ContrastStage,
+    EmbedStage,
+    MixtureStage,
+    Recipe,
+    RerankStage,
+    SourceRecipe,
+    TaskRecipe,
+)
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
 
@@ -319,7 +328,7 @@ class _Planner:
             DENSE_UTILISATION,
         )
 
-    def _contrast(self, name: str, stage: ContrastStage | DistillStage) -> StagePlan:
+    def _contrast(self, name: str, stage: EmbedStage) -> StagePlan:
         tasks, loss, optimizer = self.sizes.tasks(name), stage.loss, stage.optimizer
         if loss.max_pixels is not None:
             if "max_pixels" in self.backbone.unheeded:
@@ -330,7 +339,7 @@ class _Planner:
         if taught is not None:
             samples = round(taught.share * samples)
         # candidates of a query: the target and its negatives, or the list of a teacher
-        listed = self._depth if isinstance(stage, DistillStage) else 1 + stage.num_negatives
+        listed = 1 + stage.num_negatives if isinstance(stage, ContrastStage) else self._depth
         batch = loss.batch_size * self.devices * optimizer.gradient_accumulation_steps
         steps = optimizer.steps(samples, batch)
         tokens = visual = flop = held_tokens = held_tiles = 0.0
@@ -468,15 +477,13 @@ class _Planner:
             )
         )
 
-    def _train_flop(self, side: _Side, stage: ContrastStage | DistillStage, again: bool) -> float:
+    def _train_flop(self, side: _Side, stage: EmbedStage, again: bool) -> float:
         """Operations of forward and backward for one query or candidate: the sum at the top of this file."""
         tower = self._tower_flop(side.tiles)
         looked = 1 + again if stage.lora or stage.freeze_eyes else 3 + stage.optimizer.gradient_checkpointing + again
         return looked * tower + self._language_flop(side.tokens(self.tile_tokens), stage, again)
 
-    def _language_flop(
-        self, tokens: float, stage: ContrastStage | DistillStage | RerankStage, again: bool = False
-    ) -> float:
+    def _language_flop(self, tokens: float, stage: MixtureStage, again: bool = False) -> float:
         """The part of the language model in that sum, for a sequence of so many tokens."""
         text = text_flop(self.config, tokens)
         forward = 1 + stage.optimizer.gradient_checkpointing + again

@@ -22,6 +22,7 @@ from quarterlight.mining.teaching import TeachRecipe
 from quarterlight.training.augment import AugmentRecipe
 from quarterlight.training.contrast import ContrastRecipe
 from quarterlight.training.distill import DistillRecipe
+from quarterlight.training.embedder import EmbedRecipe
 from quarterlight.training.lora import LoraRecipe
 from quarterlight.training.optimizer import OptimizerRecipe
 from quarterlight.training.rerank import RerankRecipe
@@ -251,25 +252,39 @@ class RestoreStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastStage:
-    """Contrastive training of the model that the stage before left."""
+class MixtureStage:
+    """What stages have in common that train a model on tasks of a mixture."""
 
     optimizer: OptimizerRecipe
-    loss: ContrastRecipe = ContrastRecipe()
     lora: LoraRecipe | None = None
-    """trains adapters of the language model; without it, all weights are trained"""
+    """trains adapters of the language model; without it, all weights are trained (``rerank``: but for those of vision
+    tower and connector)"""
+    mixture: Sequence[TaskRecipe] | None = None
+    """of this stage, in place of that of the recipe (``rerank``, ``distill``: of finetune)"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """dataset/task -> weight in this stage, in place of that in the mixture"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedStage(MixtureStage):
+    """Of these, the ones that train the embedder."""
+
+    loss: EmbedRecipe
     freeze_eyes: bool = False
     """leaves vision tower and connector as they are, as adapters do"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastStage(EmbedStage):
+    """Contrastive training of the model that the stage before left."""
+
+    loss: ContrastRecipe = ContrastRecipe()
     keep_labelled: bool = False
     """mined negatives come beside the labelled ones of the dataset, rather than in their place"""
     fill_from_mined: bool = False
     """a query with fewer judged negatives than ``loss.num_negatives`` gets mined ones; ``loss.fill`` repeats instead"""
     teacher_weight: float = 0.0
     """of 1 - cosine to the teacher's embedding of the same item, at the first step; falls linearly to zero"""
-    mixture: Sequence[TaskRecipe] | None = None
-    """of this stage, in place of that of the recipe"""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """dataset/task -> weight in this stage, in place of that in the mixture"""
 
     @property
     def num_negatives(self) -> int:
@@ -278,29 +293,17 @@ class ContrastStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillStage:
+class DistillStage(EmbedStage):
     """The embedder learns to rank the lists of ``teach`` as the reranker and itself do together (U-MARVEL, stage 3)."""
 
-    optimizer: OptimizerRecipe
     loss: DistillRecipe = DistillRecipe()
-    lora: LoraRecipe | None = None
-    """trains adapters of the language model; without it, all weights are trained"""
-    freeze_eyes: bool = False
-    """leaves vision tower and connector as they are, as adapters do"""
-    mixture: Sequence[TaskRecipe] | None = None
-    """of this stage, in place of that of finetune"""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """dataset/task -> weight in this stage, in place of that in the mixture"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RerankStage:
+class RerankStage(MixtureStage):
     """Training of the reranker on the negatives, and the augmented positives, of stage 3 (paper, section 3.4)."""
 
-    optimizer: OptimizerRecipe
     loss: RerankRecipe = RerankRecipe()
-    lora: LoraRecipe | None = None
-    """trains adapters of the language model; without it, all weights but those of vision tower and connector"""
     initial: Literal["restore", "finetune"] = "restore"
     """the model that it begins with: the trunk of stage 1, which writes (paper), or the embedder; without a stage that
     leaves such a model, the checkpoint.  A kept adapter of the embedder (``lora.keep``) is left out"""
@@ -313,10 +316,6 @@ class RerankStage:
     """mined negatives come beside the labelled ones of the dataset, rather than in their place"""
     fill_from_mined: bool = False
     """a query with fewer judged negatives than ``loss.max_negatives`` gets mined ones"""
-    mixture: Sequence[TaskRecipe] | None = None
-    """of this stage, in place of that of finetune"""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """dataset/task -> weight in this stage, in place of that in the mixture"""
 
     def __post_init__(self) -> None:
         check_share(self, "fusion_weight")
@@ -446,8 +445,7 @@ class Recipe:
     @property
     def trained(self) -> dict[str, ContrastStage | RerankStage | DistillStage]:
         """The stages that train on queries and candidates, by name, in order."""
-        kinds = (ContrastStage, RerankStage, DistillStage)
-        return {name: getattr(self, name) for name in STAGES if isinstance(getattr(self, name, None), kinds)}
+        return {name: getattr(self, name) for name in STAGES if isinstance(getattr(self, name, None), MixtureStage)}
 
     def tasks(self, stage: str) -> Sequence[TaskRecipe]:
         """The mixture of a stage: its own, or that of the recipe; of ``rerank`` and later, that of ``finetune``.
