@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quarterlight.errors import CheckpointError
+from quarterlight.models.quantized import Quantization
 
 if TYPE_CHECKING:
     from quarterlight.models.embedder import Embedder
@@ -26,6 +27,16 @@ FusionOption = Annotated[
     ),
 ]
 
+QuantizationOption = Annotated[
+    Quantization | None,
+    typer.Option(
+        "--quantization",
+        help="Keep the weights of the model's layers as int8, in a quarter of the memory. An index is searched with the "
+        "setting that it was made with.",
+        show_default="as loaded",
+    ),
+]
+
 
 def check_rerank(rerank: int, reranker: str | None, fusion: float | None) -> None:
     """Raises BadParameter for options that do nothing without ``--rerank``."""
@@ -34,9 +45,12 @@ def check_rerank(rerank: int, reranker: str | None, fusion: float | None) -> Non
             raise typer.BadParameter(f"{name} does nothing without --rerank: say how many results to rerank.")
 
 
-def open_pair(model: str, reranker: str | None, *, device: str | None = None) -> tuple[Embedder, Reranker]:
+def open_pair(
+    model: str, reranker: str | None, *, device: str | None = None, quantization: Quantization | None = None
+) -> tuple[Embedder, Reranker]:
     """An embedder with a reranker: the one inside its folder, over the same weights, unless another is named.
 
+    quantization: of the embedder, which then has weights of its own.
     Raises CheckpointError when there is no such model, or it has no reranker.
     """
     from quarterlight.models.embedder import Embedder
@@ -44,10 +58,12 @@ def open_pair(model: str, reranker: str | None, *, device: str | None = None) ->
     from quarterlight.models.reranker import Reranker, has_reranker, reranker_folder
 
     if reranker is not None and reranker_folder(reranker).resolve() != reranker_folder(model).resolve():
-        return Embedder(model, device=device), Reranker(reranker, device=device)
+        return Embedder(model, device=device, quantization=quantization), Reranker(reranker, device=device)
     if not has_reranker(model):
         raise CheckpointError(
             f"The model {model!r} has no reranker inside: name one with --reranker, train one with the stage `rerank` "
             "of a recipe, or leave out --rerank."
         )
+    if quantization is not None:
+        return Embedder(model, device=device, quantization=quantization), Reranker(model, device=device)
     return load_pair(model, device=device)

@@ -38,6 +38,7 @@ from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.presets import preset_of
 from quarterlight.models.processor import VTCProcessor
+from quarterlight.models.quantized import Quantization, named_tensors, quantization_of
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.shared_prefix import Prefix, can_share, embed_after, read_prefix
 from quarterlight.models.tiles import Grid, Tiles, num_tiles
@@ -124,6 +125,7 @@ class Embedder:
         shared_prefix: bool = True,
         decode_margin: int | None = None,
         preset: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         """
         model: a bundled name, a folder or a hub id.
@@ -144,6 +146,9 @@ class Embedder:
             keeps every pixel, is the default, and another value changes ``model_hash``.
         preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
             ``None`` finds it by the name of the model, where that has one.
+        quantization: ``"int8"`` keeps the weights of layers as int8, which takes a quarter of the memory of float32;
+            see :mod:`quarterlight.models.quantized`.  Needs torchao.  Changes embeddings, those of nano by about
+            NNN of cosine (``docs/performance.md``), and so ``model_hash``.
         Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)
@@ -155,6 +160,7 @@ class Embedder:
             dtype=dtype or best_dtype(place),
             device=place,
             tower=released.tower if released else None,
+            quantization=quantization,
         )
         if released:
             settings = released.settings
@@ -245,7 +251,7 @@ class Embedder:
     def model_hash(self) -> str:
         """SHA-256, in hex, of the weights and all else that changes an embedding; device and dtype, which change it by
         rounding only, are left out. Reads all weights the first time."""
-        weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
+        weights = saved_tensors(self._folder) if self._folder else named_tensors(self.model)
         settings = self.settings.what_matters()
         for name in self._backbone.unheeded:
             settings.pop(name, None)
@@ -269,6 +275,8 @@ class Embedder:
             recipe["decode_margin"] = self._formatter.decode_margin
         if self._released:
             recipe["released"] = self._released
+        if (quantization := quantization_of(self.model)) is not None:
+            recipe["quantization"] = quantization
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
