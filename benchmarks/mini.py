@@ -53,9 +53,7 @@ def main() -> None:
     write_page()
 
 
-def evaluate(
-    name: str, model: str, data: Path, cache: Path | None, quantization: Quantization | None = None
-) -> None:
+def evaluate(name: str, model: str, data: Path, cache: Path | None, quantization: Quantization | None = None) -> None:
     """Writes the record of a model."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.monotonic()

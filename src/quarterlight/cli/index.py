@@ -68,7 +68,13 @@ def index(
     quarterlight index --from embeddings
     """
     if shards is not None:
-        for name, value in (("PATHS", paths), ("--ray", ray), ("--store-visual-tokens", store_visual_tokens), ("--quantization", quantization)):
+        given = {
+            "PATHS": paths,
+            "--ray": ray,
+            "--store-visual-tokens": store_visual_tokens,
+            "--quantization": quantization,
+        }
+        for name, value in given.items():
             if value:
                 raise typer.BadParameter(
                     f"{name} and --from do not go together: --from only takes up what is embedded."

@@ -31,8 +31,8 @@ QuantizationOption = Annotated[
     Quantization | None,
     typer.Option(
         "--quantization",
-        help="Keep the weights of the model's layers as int8, in a quarter of the memory. An index is searched with the "
-        "setting that it was made with.",
+        help="Keep the weights of the model's layers as int8, in a quarter of the memory. What searches an index needs "
+        "the same setting as what made it.",
         show_default="as loaded",
     ),
 ]

@@ -1,16 +1,15 @@
 """A model whose layers keep their weights as int8.
 
-Of the linear layers in the layers of vision tower and language model, torchao keeps each weight as int8, with a scale in
-the model's dtype for each row (symmetric, round to nearest); activations stay as they are.  Left alone are what is
-little or sensitive: word embeddings, which are looked up and not multiplied, the patch embedding, which is a
-convolution, norms, and the connector, whose error every visual token would carry.
+Of the linear layers in the layers of vision tower and language model, torchao keeps each weight as int8, with a scale
+in the model's dtype for each row (symmetric); activations stay as they are.  Left alone is what is no product or costs
+little: word embeddings, which are looked up, the patch embedding, which is a convolution, norms, and the connector,
+two small products whose error every visual token would carry.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from quarterlight.errors import CheckpointError, InputError, did_you_mean
@@ -36,13 +35,12 @@ def quantize(model: Any, quantization: Quantization) -> None:
     """
     if quantization not in QUANTIZATIONS:
         raise InputError(f"There is no quantization {quantization!r}. {did_you_mean(quantization, QUANTIZATIONS)}")
-    with quiet_torchao():
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        except ImportError as error:
-            raise CheckpointError(
-                f"quantization={quantization!r} needs torchao ({error}): pip install 'quarterlight[int8]'."
-            ) from error
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise CheckpointError(
+            f"quantization={quantization!r} needs torchao ({error}): pip install 'quarterlight[int8]'."
+        ) from error
     base = model.base_model
     for name in layers_of(base):
         # the settings of the compiler belong to the process, not to this model
@@ -68,26 +66,34 @@ def named_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.dequantize() if hasattr(tensor, "qdata") else tensor
 
 
-@contextmanager
-def quiet_torchao() -> Iterator[None]:
-    """What torchao and torch log when torchao is imported goes to our own log, at the level of debugging.
+def quiet_torchao() -> None:
+    """From now on what torchao has to say when it is imported goes to our own log, at the level of debugging.
 
-    It tells of kernels for other hardware that cannot be loaded, and developers of names that will change; whoever
-    imports transformers would read it.  What is raised is raised.
+    transformers imports it wherever it is installed, and users would read of kernels for other hardware that cannot be
+    loaded, and of names that developers should change.  What is raised is raised, and all else is logged as ever.
     """
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    for name, beginnings in _NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, _Aside) for one in logger.filters):
+            logger.addFilter(_Aside(beginnings))
 
-    def aside(record: logging.LogRecord) -> bool:
+
+_NOISE = {
+    "torchao": ("Failed to load ",),
+    "torchao.kernel.intmm": ("Warning: Detected no triton",),
+    "torch.utils._pytree": ("<enum 'KernelPreference'>", "<enum 'ScaleCalculationMode'>"),
+}
+"""Logger -> how messages begin."""
+
+
+class _Aside(logging.Filter):
+    def __init__(self, beginnings: tuple[str, ...]) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        if not message.startswith("Failed to load") and "is an Enum subclass" not in message:
+        if not message.startswith(self.beginnings):
             return True
         _log.debug("%s: %s", record.name, message)
         return False
-
-    for one in loggers:
-        one.addFilter(aside)
-    try:
-        yield
-    finally:
-        for one in loggers:
-            one.removeFilter(aside)
