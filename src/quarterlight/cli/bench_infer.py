@@ -176,12 +176,8 @@ class _Run:
                 name: _items(Path(scratch) / name, mixture, number) if mixture else _queries(ours)
                 for name, mixture in mixtures.items()
             }
-            fitting = {
-                name: systems
-                if mixture
-                else {one: systems[one] for one in (OURS, UNSHARED, *ASKED_FOR) if one in systems}
-                for name, mixture in mixtures.items()
-            }
+            of_queries = {one: systems[one] for one in (OURS, UNSHARED, *ASKED_FOR) if one in systems}
+            fitting = {name: systems if mixture else of_queries for name, mixture in mixtures.items()}
             bar.remove_task(waiting)
             line = bar.add_task("Timing", total=(1 + self.repeats) * sum(map(len, fitting.values())))
             recorded = [

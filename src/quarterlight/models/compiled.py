@@ -113,6 +113,8 @@ def _compile(
         compiled.failure = f"{part}: {type(error).__name__}: {reason}"
         _log.warning("Layers of the %s run as ever, since torch cannot compile them: %s", part, reason)
 
+    use(1)  # upon which transformers adds its hooks
+    _drop_capturing(layers)
     for layer in layers:
         layer.forward = functools.partial(run, layer)
     try:
@@ -123,3 +125,13 @@ def _compile(
         return 0
     ready = True
     return len(layers)
+
+
+def _drop_capturing(layers: list[nn.Module]) -> None:
+    """Takes out the hooks by which transformers hands attention weights to whoever asks for them, which nobody here
+    does: torch cannot compile them.  Those on the layers themselves, which hand out hidden states, stay."""
+    for layer in layers:
+        for part in layer.modules():
+            for key, hook in list(part._forward_hooks.items()):
+                if part is not layer and getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+                    del part._forward_hooks[key]
