@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.models.qwen import QWEN, plain_qwen
 from torch._inductor import config as inductor_config
 
 from quarterlight import Item
@@ -67,6 +68,22 @@ def test_where_torch_cannot_compile(
     assert "language model: RuntimeError: no compiler" in embedder.compiled.failure
     np.testing.assert_allclose(embedder.encode_document(items), tiny_embedder.encode_document(items), rtol=0, atol=1e-6)
     assert embedder.work.layers_compiled == 0
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_other_families(
+    kind: str, tmp_path: Path, tokenizer: Any, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = plain_qwen(kind, tmp_path / kind, tokenizer)
+    items = ["a red apple", {"text": "the same, but blue", "image": picture(1, 32, 48)}]
+    expected = Embedder(folder, dtype=torch.float32, device="cpu").encode_query(items)
+    monkeypatch.setattr(torch, "compile", lambda plain, **_: plain)
+    embedder = Embedder(folder, dtype=torch.float32, device="cpu", compile=True)
+    assert embedder.compiled is not None
+    assert (embedder.compiled.tower, embedder.compiled.failure) == (0, "")
+    assert embedder.compiled.language_model == embedder.model.config.text_config.num_hidden_layers
+    np.testing.assert_array_equal(embedder.encode_query(items), expected)
+    assert embedder.work.layers_compiled > 0
 
 
 def test_what_goes_wrong_later(tiny_checkpoint: Path, tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.models.qwen import QWEN, plain_qwen
 
 from quarterlight import Item
 from quarterlight.errors import CheckpointError, InputError
@@ -50,6 +51,20 @@ def test_embeddings_are_those_of_the_rounded_weights(
     np.testing.assert_allclose(rows, plain, rtol=0, atol=1e-5)
     alone = np.concatenate([int8.encode_document([one]) for one in items])
     np.testing.assert_allclose(alone, rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_other_families(kind: str, tmp_path: Path, tokenizer: Any, picture: Any) -> None:
+    pytest.importorskip("torchao", reason="needs the extra int8")
+    folder = plain_qwen(kind, tmp_path / kind, tokenizer)
+    small, whole = (Embedder(folder, dtype=torch.float32, device="cpu", quantization=one) for one in ("int8", None))
+    items = ["a red apple", {"text": "the same, but blue", "image": picture(1, 32, 48)}]
+    rows, expected = small.encode_query(items), whole.encode_query(items)
+    assert 1e-6 < np.abs(rows - expected).max() < 0.1
+    quantised = {name for name, one in small.model.named_parameters() if hasattr(one, "qdata")}
+    assert any(name.startswith("visual.blocks.0.") for name in quantised)
+    assert any(name.startswith("language_model.layers.0.") for name in quantised)
+    assert not any("merger" in name or "embed" in name for name in quantised)
 
 
 def test_hashes_differ(int8: Embedder, tiny_embedder: Embedder, tiny_checkpoint: Path) -> None:
