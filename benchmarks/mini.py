@@ -3,10 +3,12 @@
     python benchmarks/mini.py --data DATA            evaluates what has changed and writes the page anew
     python benchmarks/mini.py                        writes the page anew from the results that are there
     python benchmarks/mini.py --data DATA --model runs/nano/finetune=finetune
+    python benchmarks/mini.py --data DATA --quantization int8
 
 ``--model FOLDER=NAME`` adds a checkpoint, such as a stage of a run, or replaces one; results are kept in
-``results/mini/NAME.json``, without what a run on another machine would have differently.  With embeddings to be made,
-nano takes minutes on two cores.
+``results/mini/NAME.json``, without what a run on another machine would have differently.  ``--quantization KIND``
+evaluates the same checkpoints with quantised weights, as NAME-KIND.  With embeddings to be made, nano takes minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from quarterlight.evaluation.page import Block, Heading, Paragraph, Table, to_ma
 from quarterlight.evaluation.report import percent
 from quarterlight.evaluation.suites import load_suite
 from quarterlight.files import replace_file
+from quarterlight.models.quantized import QUANTIZATIONS, Quantization
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "results" / "mini"
@@ -36,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of the datasets; without it nothing is evaluated")
     parser.add_argument("--model", action="append", default=[], help="FOLDER=NAME of one more checkpoint")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights of layers")
     parser.add_argument("--cache", type=Path, help="folder of the embeddings; default: a new one, so that time is cold")
     options = parser.parse_args()
     shipped = Path(str(files("quarterlight"))) / "checkpoints"
@@ -44,16 +48,24 @@ def main() -> None:
     }
     if options.data is not None:
         for name, folder in models.items():
-            evaluate(name, folder, options.data, options.cache)
+            if options.quantization:
+                name = f"{name}-{options.quantization}"
+            evaluate(name, folder, options.data, options.cache, options.quantization)
     write_page()
 
 
-def evaluate(name: str, model: str, data: Path, cache: Path | None) -> None:
+def evaluate(name: str, model: str, data: Path, cache: Path | None, quantization: Quantization | None = None) -> None:
     """Writes the record of a model."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.monotonic()
         out = run_suite_command(
-            "mini", None, data, model=model, out=Path(scratch) / "out", cache=cache or Path(scratch) / "cache"
+            "mini",
+            None,
+            data,
+            model=model,
+            out=Path(scratch) / "out",
+            cache=cache or Path(scratch) / "cache",
+            quantization=quantization,
         )
         record = read_record(out / RESULTS)
         record["seconds"] = None if cache else time.monotonic() - started

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quarterlight.models.quantized import quiet_torchao
 from quarterlight.records import Item
 from quarterlight.registration import register
 
@@ -24,6 +25,7 @@ _LAZY = {  # public names whose modules import torch
 }
 
 register()
+quiet_torchao()
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,7 @@ def test_throughput(tiny_checkpoint: Path) -> None:
     assert ours["items_per_s"] == pytest.approx(1e3 / ours["ms_per_item"]["median"], rel=1e-2)
     assert max(mixed["largest_difference"].values()) < 1e-4
     assert set(record["fast_paths"]) >= {"batches by tokens", "pictures decoded meanwhile"}
+    assert not {bench_infer.COMPILED, bench_infer.INT8} & {*mixed["systems"], *record["fast_paths"]}
 
 
 def test_queries_with_one_instruction(tiny_checkpoint: Path) -> None:
@@ -66,12 +67,25 @@ def test_latency(tiny_checkpoint: Path) -> None:
     assert [*record["workloads"][0]["systems"]] == [bench_infer.OURS, bench_infer.SENTENCE_TRANSFORMERS]
 
 
+def test_changed_weights_run_when_they_are_named(tiny_checkpoint: Path) -> None:
+    pytest.importorskip("torchao", reason="needs the extra int8")
+    arguments = ("--model", str(tiny_checkpoint), "--items", "1", "--repeats", "1", "--dtype", "float32")
+    record = run("latency", *arguments, "--system", bench_infer.INT8)
+    (load, *_) = record["workloads"]
+    assert [*load["systems"]] == [bench_infer.OURS, bench_infer.INT8]
+    assert load["largest_difference"][bench_infer.INT8] > 1e-6
+    assert record["fast_paths"][bench_infer.INT8] == "weights of layers as int8"
+    assert bench_infer.COMPILED not in record["fast_paths"]
+
+
 def test_systems_that_disagree_are_an_error(tiny_embedder: Embedder) -> None:
     rows = np.eye(2, dtype=np.float32)
     systems = {name: bench_infer.System(lambda _: rows, s) for name, s in (("a", 2), ("b", 1), ("c", 2))}
     assert bench_infer._differences({"a": rows, "b": rows[::-1], "c": rows}, systems, "float32")["b"] == 0
     with pytest.raises(CheckpointError, match="c and a disagree"):
         bench_infer._differences({"a": rows, "b": rows, "c": rows[::-1]}, systems, "float32")
+    systems["c"] = systems["c"]._replace(exact=False)
+    assert bench_infer._differences({"a": rows, "b": rows, "c": rows[::-1]}, systems, "float32")["c"] == 1
 
 
 def test_operations_are_those_that_torch_counts(tiny_checkpoint: Path, tmp_path: Path) -> None:

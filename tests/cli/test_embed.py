@@ -17,7 +17,7 @@ from quarterlight.cli.main import program
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a few files, and a model that needs no weights."""
-    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEncoder())
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model, quantization: FakeEncoder())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     write_image(tmp_path / "files" / "a.png", "red")
@@ -50,7 +50,7 @@ def test_from_files_to_hits(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     loaded = json.loads(run("index", "--from", "shards", "--json", "--store", "s", "--precision", "binary")[1])
     assert (loaded["num_rows"], loaded["precision"], loaded["num_bytes"]) == (4, "binary", 32)
 
-    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEncoder())
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model, quantization: FakeEncoder())
     assert json.loads(run("search", "blue", "--json")[1])["hits"][0]["title"] == "x"
 
 
@@ -62,11 +62,28 @@ def test_precision_of_an_index(here: Path) -> None:
     assert "vectors as int8" in run("index", "files")[2]
 
 
+def test_quantised_weights_are_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "quarterlight.models.embedder.Embedder",
+        lambda model, quantization: FakeEncoder(model_hash=f"{model} {quantization}"),
+    )
+    int8 = ("--quantization", "int8")
+    assert run("embed", "files", "--out", "shards", *int8)[0] == 0
+    assert run("index", "--from", "shards")[0] == run("index", "files", *int8)[0] == 0
+    code, _, err = run("search", "red")
+    assert code == 1 and "nano int8" in err
+    code, out, _ = run("search", "red", "--json", *int8)
+    assert code == 0 and json.loads(out)["hits"]
+    code, _, err = run("search", "red", "--quantization", "int3")
+    assert code == 2 and "int3" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["index"], "Nothing to index"),
         (["index", "files", "--from", "shards"], "do not go together"),
+        (["index", "--from", "shards", "--quantization", "int8"], "do not go together"),
         (["index", "files", "--workers", "2"], "--workers does nothing without --ray"),
         (["index", "files", "--ray", "local", "--store-visual-tokens", "int8"], "do not go together"),
         (["embed", "files", "--out", "o", "--workers", "2"], "--workers does nothing without --ray"),

@@ -42,7 +42,7 @@ class Constant:
 
 @pytest.fixture(autouse=True)
 def constant_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_open", lambda model, device: Constant())
+    monkeypatch.setattr(command, "_open", lambda *_: Constant())
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -98,7 +98,7 @@ class Undecided:
 
 
 def test_both_orders_beside_each_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_open_pair", lambda model, reranker, device: (Constant(), Undecided()))
+    monkeypatch.setattr(command, "_open_pair", lambda *_: (Constant(), Undecided()))
     result = run(FIXTURE / "emoji", "--tasks", "t2i", "--rerank", "3")
     assert result.exit_code == 0, result.stderr
     assert "+R: with the first 3 reranked" in result.stdout
@@ -221,7 +221,7 @@ def test_a_stopped_run_leaves_no_record_of_the_one_before(
         def encode_query(self, items: Sequence[Item]) -> np.ndarray:
             raise InputError("Stopped.")
 
-    monkeypatch.setattr(command, "_open", lambda model, device: Stopped())
+    monkeypatch.setattr(command, "_open", lambda *_: Stopped())
     assert run(*arguments, "--out", tmp_path / "out").exit_code == 1
     assert (tmp_path / "out/queries/emoji.t2i.parquet").is_file() and not (tmp_path / "out/results.json").exists()
     compared = run("--compare", tmp_path / "out", tmp_path / "out")

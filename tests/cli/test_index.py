@@ -17,7 +17,7 @@ from quarterlight.cli.main import program
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, and a model that needs no weights."""
-    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEncoder())
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model, quantization: FakeEncoder())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
@@ -64,7 +64,7 @@ def test_json(here: Path) -> None:
 
 
 def test_visual_tokens(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEyes())
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model, quantization: FakeEyes())
     for colour in ("red", "green"):
         write_image(here / "files" / f"{colour}.png", colour)
     assert "Visual tokens" not in run("files")[2]

@@ -18,7 +18,9 @@ from quarterlight.cli.main import program
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with an index of three pictures, two pages and a text."""
     hashes = {"nano": "fa4e" * 16, "other": "07e2" * 16}
-    monkeypatch.setattr("quarterlight.models.embedder.Embedder", lambda model: FakeEncoder(model_hash=hashes[model]))
+    monkeypatch.setattr(
+        "quarterlight.models.embedder.Embedder", lambda model, **_: FakeEncoder(model_hash=hashes[model])
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     for name, colour in {"[red].png": "red", "green.png": "green", os.fsdecode(b"\xff.png"): "blue"}.items():

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 Group: TypeAlias = "tuple[str, list[Item]]"
 """Items of one kind: "text", "image" or "page"."""
 
-OURS, UNSHARED, OURS_1, TRANSFORMERS, SENTENCE_TRANSFORMERS = (
+OURS, UNSHARED, COMPILED, INT8, OURS_1, TRANSFORMERS, SENTENCE_TRANSFORMERS = (
     "quarterlight",
     "quarterlight, nothing shared",
+    "quarterlight, compiled",
+    "quarterlight, int8",
     "quarterlight, s = 1",
     "transformers",
     "sentence-transformers",
@@ -66,12 +68,20 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Of the entries of embeddings of norm 1 that have to be the same."""
 
 
+ASKED_FOR = (COMPILED, INT8)
+"""Systems that run only when they are named: one compiles for a minute, one needs torchao."""
+
+
 class System(NamedTuple):
-    """What embeds. encode: groups of items -> embeddings in that order.  compression: its s.  ours: of our systems."""
+    """What embeds. encode: groups of items -> embeddings in that order.  compression: its s.  ours: of our systems.
+
+    exact: whether it ought to give the same embeddings as others with the same s.
+    """
 
     encode: Callable[[Sequence[Group]], npt.NDArray[np.float32]]
     compression: int
     ours: Embedder | None = None
+    exact: bool = True
 
 
 def bench_throughput(
@@ -150,7 +160,8 @@ class _Run:
 
         from quarterlight.models.embedder import best_dtype
 
-        others = _chosen(wanted, (UNSHARED, OURS_1, TRANSFORMERS, SENTENCE_TRANSFORMERS), "system")
+        known = (UNSHARED, COMPILED, INT8, OURS_1, TRANSFORMERS, SENTENCE_TRANSFORMERS)
+        others = [one for one in _chosen(wanted, known, "system") if wanted or one not in ASKED_FOR]
         if self.dtype not in (None, "float32", "bfloat16"):
             raise InputError(f"--dtype is float32 or bfloat16, got {self.dtype!r}.")
         dtype = getattr(torch, self.dtype) if self.dtype else best_dtype(torch.device(self.device))
@@ -165,10 +176,8 @@ class _Run:
                 name: _items(Path(scratch) / name, mixture, number) if mixture else _queries(ours)
                 for name, mixture in mixtures.items()
             }
-            fitting = {
-                name: systems if mixture else {one: systems[one] for one in (OURS, UNSHARED) if one in systems}
-                for name, mixture in mixtures.items()
-            }
+            of_queries = {one: systems[one] for one in (OURS, UNSHARED, *ASKED_FOR) if one in systems}
+            fitting = {name: systems if mixture else of_queries for name, mixture in mixtures.items()}
             bar.remove_task(waiting)
             line = bar.add_task("Timing", total=(1 + self.repeats) * sum(map(len, fitting.values())))
             recorded = [
@@ -179,7 +188,7 @@ class _Run:
             ]
         title = f"{self.shape or self.model}, {name_of_dtype}, {self.device}" + (", one at a time" * self.one_by_one)
         _print(recorded, title)
-        paths = _fast_paths(ours, recorded)
+        paths = _fast_paths(ours, recorded, systems)
         console.out.print(
             f"Ceiling: {ceiling['matmul_tflops']:.2f} TFLOP/s ({name_of_dtype}, 4096^3). Ours used: "
             + ", ".join(f"{name} ({how})" for name, how in paths.items())
@@ -251,6 +260,7 @@ class _Run:
             "items": {kind: len(items) for kind, items in groups},
             "systems": cells,
             "work": work[OURS],
+            "layers_compiled": sum(one["layers_compiled"] for one in work.values()),
             "largest_difference": _differences(found, systems, dtype),
         }
 
@@ -368,10 +378,17 @@ def _systems(
     plain = Embedder(folder, dtype=dtype, device=device, visual_token_compression=1)
     plain.model.load_state_dict(ours.model.state_dict(), assign=True)  # one set of weights in memory
     unshared = Embedder.from_model(ours.model, ours.processor, ours.settings, shared_prefix=False)
+
+    def changed(*, exact: bool, **options: Any) -> System:  # with weights of its own
+        embedder = Embedder(folder, dtype=dtype, device=device, **options)
+        return System(functools.partial(_encode_ours, embedder), compression, embedder, exact)
+
     compression = ours.model.config.visual_token_compression
     build: dict[str, Callable[[], System]] = {
         OURS: lambda: System(functools.partial(_encode_ours, ours), compression, ours),
         UNSHARED: lambda: System(functools.partial(_encode_ours, unshared), compression, unshared),
+        COMPILED: lambda: changed(compile=True, exact=True),
+        INT8: lambda: changed(quantization="int8", exact=False),
         OURS_1: lambda: System(functools.partial(_encode_ours, plain), 1, plain),
         TRANSFORMERS: lambda: System(_plain_transformers(plain), 1),
         SENTENCE_TRANSFORMERS: lambda: System(_sentence_transformers(ours, dtype, device), compression),
@@ -522,23 +539,37 @@ def _differences(
     for name, system in systems.items():
         base = next(one for one, other in systems.items() if other.compression == system.compression)
         differences[name] = float(np.abs(found[name] - found[base]).max())
-        if not differences[name] < TOLERANCE[dtype]:
+        if system.exact and not differences[name] < TOLERANCE[dtype]:
             raise CheckpointError(
                 f"{name} and {base} disagree: their embeddings of the same items differ by {differences[name]:.1e}."
             )
     return differences
 
 
-def _fast_paths(embedder: Embedder, recorded: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _fast_paths(
+    embedder: Embedder, recorded: Sequence[Mapping[str, Any]], systems: Mapping[str, System]
+) -> dict[str, str]:
     """What our engine did beyond one item after the other, as far as it can be counted: as it was counted."""
+    from quarterlight.models.quantized import quantization_of
+
     done = {key: sum(load["work"][key] for load in recorded) for key in recorded[0]["work"]}
-    return {
+    paths = {
         "batches by tokens": f"up to {embedder.tokens_per_batch:,}, longest items first",
         "pictures decoded meanwhile": f"{getattr(embedder._workers, '_max_workers', 0)} threads",
         "beginnings read once": f"for {done['rows_sharing']:,} of {done['rows']:,} rows, which spared "
         f"{done['tokens_spared']:,} of {done['tokens']:,} tokens",
         "same picture once": f"{done['pictures_spared']:,} of {done['pictures']:,} spared",
     }
+    compiled = systems[COMPILED].ours if COMPILED in systems else None
+    if compiled is not None and compiled.compiled is not None:
+        if calls := sum(load["layers_compiled"] for load in recorded):
+            paths[COMPILED] = f"{calls:,} calls of layers, after {compiled.compiled.seconds:.0f} s of compiling"
+        if compiled.compiled.failure:
+            paths["not compiled"] = compiled.compiled.failure
+    quantized = systems[INT8].ours if INT8 in systems else None
+    if quantized is not None and (kept := quantization_of(quantized.model)) is not None:
+        paths[INT8] = f"weights of layers as {kept}"
+    return paths
 
 
 def _print(recorded: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -10,10 +10,12 @@ import typer
 from rich.filesize import decimal
 
 from quarterlight.cli import console
+from quarterlight.cli.models import QuantizationOption
 from quarterlight.images import describe
 from quarterlight.index import VectorPrecision
 
 if TYPE_CHECKING:
+    from quarterlight.models.quantized import Quantization
     from quarterlight.search.cluster import Cluster
     from quarterlight.search.embed import EmbedReport
 
@@ -42,6 +44,7 @@ def embed(
     ] = 500,
     ray: RayOption = None,
     workers: WorkersOption = None,
+    quantization: QuantizationOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything could not be embedded.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one line of JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no summary, only problems.")] = False,
@@ -64,14 +67,14 @@ def embed(
     from quarterlight.search.encoder import identity_of
 
     config = EmbedConfig(items_per_shard=items_per_shard)
-    cluster = open_cluster(ray, workers, model)
+    cluster = open_cluster(ray, workers, model, quantization)
     engine: Engine
     if cluster is not None:
         engine, identity = cluster, cluster.identity()
     else:
         from quarterlight.models.embedder import Embedder
 
-        embedder = Embedder(model)
+        embedder = Embedder(model, quantization=quantization)
         engine, identity = Local(embedder), identity_of(embedder)
     folder = ShardFolder.create(out, identity, precision=precision)
     with console.progress("items", quiet=quiet or as_json) as bar:
@@ -93,7 +96,9 @@ def embed(
         raise typer.Exit(1)
 
 
-def open_cluster(ray: str | None, workers: int | None, model: str) -> Cluster | None:
+def open_cluster(
+    ray: str | None, workers: int | None, model: str, quantization: Quantization | None = None
+) -> Cluster | None:
     """The Ray cluster that a command is told to use, connected; ``None`` for none.
 
     Raises BadParameter for options that do nothing without one.
@@ -104,7 +109,7 @@ def open_cluster(ray: str | None, workers: int | None, model: str) -> Cluster | 
         return None
     from quarterlight.search.cluster import Cluster, embedder_opener
 
-    return Cluster.connect(ray, embedder_opener(model), num_workers=workers)
+    return Cluster.connect(ray, embedder_opener(model, quantization), num_workers=workers)
 
 
 def _print(report: EmbedReport, precision: str, out: Path, quiet: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from quarterlight.cli import console
-from quarterlight.cli.models import FusionOption, K, RerankerOption, check_rerank, open_pair
+from quarterlight.cli.models import FusionOption, K, QuantizationOption, RerankerOption, check_rerank, open_pair
 from quarterlight.data.retrieval import RetrievalDataset, find_datasets
 from quarterlight.errors import DatasetError, InputError, did_you_mean
 from quarterlight.evaluation.retrieval import GROUP_BY, RetrievalEvaluator, Scores, TaskResult, sample_queries
@@ -23,6 +23,7 @@ from quarterlight.metrics.fusion import RERANK
 if TYPE_CHECKING:
     from quarterlight.evaluation.suites import Suite
     from quarterlight.models.embedder import Embedder
+    from quarterlight.models.quantized import Quantization
     from quarterlight.models.reranker import Reranker
 
 _COLUMNS = {"P@1": "precision@1", "R@5": "hit@5", "R@10": "hit@10", "NDCG@5": "ndcg@5", "MRR": "mrr"}
@@ -61,6 +62,7 @@ def evaluate(
     ] = 0,
     reranker: RerankerOption = None,
     fusion: FusionOption = None,
+    quantization: QuantizationOption = None,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Folder of a suite's results.", show_default="evaluations/SUITE.MODEL.HASH"),
@@ -116,6 +118,7 @@ def evaluate(
             cache=cache,
             skip_missing=skip_missing,
             device=device,
+            quantization=quantization,
             json=json,
         )
         return
@@ -136,6 +139,7 @@ def evaluate(
         reranker=reranker,
         fusion=fusion,
         device=device,
+        quantization=quantization,
         json=json,
     )
 
@@ -152,12 +156,17 @@ def _evaluate_folders(
     reranker: str | None,
     fusion: float | None,
     device: str | None,
+    quantization: Quantization | None,
     json: bool,
 ) -> None:
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     wanted = wanted_tasks(datasets, split, tasks.split(",") if tasks else None)
     fields = [field for field in by.split(",") if field]
-    embedder, judge = _open_pair(model, reranker, device) if rerank else (_open(model, device), None)
+    judge: Reranker | None = None
+    if rerank:
+        embedder, judge = _open_pair(model, reranker, device, quantization)
+    else:
+        embedder = _open(model, device, quantization)
     results: list[TaskResult] = []
     inputs: dict[str, dict[str, str]] = {}
     seen: set[str] = set()
@@ -228,6 +237,7 @@ def run_suite_command(
     cache: Path | None = None,
     skip_missing: bool = False,
     device: str | None = None,
+    quantization: Quantization | None = None,
     json: bool = False,
 ) -> Path:
     """Runs a suite, writes its results and prints its averages; returns the folder.
@@ -250,7 +260,11 @@ def run_suite_command(
     if main:
         for task, reason in not_run.items():
             console.err.print(f"{task} is left out: {reason}", style="yellow", markup=False)
-    embedder, judge = _open_pair(model, reranker, device) if rerank else (_open(model, device), None)
+    judge: Reranker | None = None
+    if rerank:
+        embedder, judge = _open_pair(model, reranker, device, quantization)
+    else:
+        embedder = _open(model, device, quantization)
     # checkpoints of different runs are often called the same: final
     out = out or Path("evaluations") / f"{name}.{Path(model).name}.{embedder.model_hash[:8]}"
     if main:
@@ -354,12 +368,15 @@ def _compare(files: tuple[Path, Path], seed: int, json: bool) -> None:
 
 
 def _described(model: Embedder | Reranker) -> dict[str, Any]:
+    from quarterlight.models.quantized import quantization_of
+
     network = model.model
     return {
         "name": model.name,
         "hash": model.model_hash,
         "settings": model.settings.to_dict(),
         "dtype": str(network.dtype).removeprefix("torch."),
+        "quantization": quantization_of(network),
         "device": network.device.type,
     }
 
@@ -370,14 +387,16 @@ def _rounding(model: Embedder) -> str:
     return f"{described['dtype']}.{described['device']}"
 
 
-def _open(model: str, device: str | None) -> Embedder:
+def _open(model: str, device: str | None, quantization: Quantization | None) -> Embedder:
     from quarterlight.models.embedder import Embedder  # seconds of import: only once the datasets are known to be there
 
-    return Embedder(model, device=device)
+    return Embedder(model, device=device, quantization=quantization)
 
 
-def _open_pair(model: str, reranker: str | None, device: str | None) -> tuple[Embedder, Reranker]:
-    return open_pair(model, reranker, device=device)
+def _open_pair(
+    model: str, reranker: str | None, device: str | None, quantization: Quantization | None
+) -> tuple[Embedder, Reranker]:
+    return open_pair(model, reranker, device=device, quantization=quantization)
 
 
 def _advance(bar: Any, label: str) -> Callable[[int, int], None]:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from quarterlight.cli import console
 from quarterlight.cli.embed import RayOption, WorkersOption, open_cluster
+from quarterlight.cli.models import QuantizationOption
 from quarterlight.images import describe
 from quarterlight.index import IndexStore, Precision, VectorPrecision
 from quarterlight.index.store import precision_of
@@ -43,6 +44,7 @@ def index(
     ] = None,
     ray: RayOption = None,
     workers: WorkersOption = None,
+    quantization: QuantizationOption = None,
     store_visual_tokens: Annotated[
         Precision | None,
         typer.Option(
@@ -66,7 +68,13 @@ def index(
     quarterlight index --from embeddings
     """
     if shards is not None:
-        for name, value in (("PATHS", paths), ("--ray", ray), ("--store-visual-tokens", store_visual_tokens)):
+        given = {
+            "PATHS": paths,
+            "--ray": ray,
+            "--store-visual-tokens": store_visual_tokens,
+            "--quantization": quantization,
+        }
+        for name, value in given.items():
             if value:
                 raise typer.BadParameter(
                     f"{name} and --from do not go together: --from only takes up what is embedded."
@@ -77,14 +85,14 @@ def index(
         raise typer.BadParameter("Nothing to index: name files or folders, or shards with --from.")
     if ray is not None and store_visual_tokens is not None:
         raise typer.BadParameter("--ray and --store-visual-tokens do not go together: index without --ray for these.")
-    cluster = open_cluster(ray, workers, model)
+    cluster = open_cluster(ray, workers, model, quantization)
     embedder: Encoder | None = None
     if cluster is not None:
         identity = cluster.identity()
     else:
         from quarterlight.models.embedder import Embedder
 
-        embedder = Embedder(model)
+        embedder = Embedder(model, quantization=quantization)
         identity = identity_of(embedder)
     target = IndexStore.create(store, identity, precision=precision)
     with console.progress("files", quiet=quiet or as_json) as bar:

@@ -9,6 +9,7 @@ import typer
 
 from quarterlight.errors import CheckpointError
 from quarterlight.metrics.fusion import RERANK
+from quarterlight.models.quantized import Quantization
 
 if TYPE_CHECKING:
     from quarterlight.models.embedder import Embedder
@@ -28,6 +29,16 @@ FusionOption = Annotated[
         max=1,
         help="Weight of the reranker's score beside the cosine; 1 is the reranker alone.",
         show_default="the reranker's own",
+    ),
+]
+
+QuantizationOption = Annotated[
+    Quantization | None,
+    typer.Option(
+        "--quantization",
+        help="Keep the weights of the model's layers as int8, in a quarter of the memory. What searches an index needs "
+        "the same setting as what made it.",
+        show_default="as loaded",
     ),
 ]
 
@@ -56,9 +67,12 @@ def check_rerank(rerank: int, reranker: str | None, fusion: float | None) -> Non
             raise typer.BadParameter(f"{name} does nothing without --rerank.")
 
 
-def open_pair(model: str, reranker: str | None, *, device: str | None = None) -> tuple[Embedder, Reranker]:
+def open_pair(
+    model: str, reranker: str | None, *, device: str | None = None, quantization: Quantization | None = None
+) -> tuple[Embedder, Reranker]:
     """An embedder with a reranker: the one inside its folder, over the same weights, unless another is named.
 
+    quantization: of the embedder, which then has weights of its own.
     Raises CheckpointError when there is no such model, or it has no reranker.
     """
     from quarterlight.models.embedder import Embedder
@@ -66,10 +80,12 @@ def open_pair(model: str, reranker: str | None, *, device: str | None = None) ->
     from quarterlight.models.reranker import Reranker, has_reranker, reranker_folder
 
     if reranker is not None and reranker_folder(reranker).resolve() != reranker_folder(model).resolve():
-        return Embedder(model, device=device), Reranker(reranker, device=device)
+        return Embedder(model, device=device, quantization=quantization), Reranker(reranker, device=device)
     if not has_reranker(model):
         raise CheckpointError(
             f"The model {model!r} has no reranker inside: name one with --reranker, train one with the stage `rerank` "
             "of a recipe, or leave out --rerank."
         )
+    if quantization is not None:
+        return Embedder(model, device=device, quantization=quantization), Reranker(model, device=device)
     return load_pair(model, device=device)

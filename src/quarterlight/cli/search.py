@@ -11,7 +11,7 @@ from rich.text import Text
 
 from quarterlight.cli import console
 from quarterlight.cli.index import DEFAULT_STORE
-from quarterlight.cli.models import FusionOption, K, RerankerOption, check_rerank, open_pair
+from quarterlight.cli.models import FusionOption, K, QuantizationOption, RerankerOption, check_rerank, open_pair
 from quarterlight.errors import InputError
 from quarterlight.images import describe
 from quarterlight.index import IndexStore, Kind
@@ -38,6 +38,7 @@ def search(
     ] = 0,
     reranker: RerankerOption = None,
     fusion: FusionOption = None,
+    quantization: QuantizationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one line of JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the results as a page for the browser.")] = None,
 ) -> None:
@@ -55,7 +56,10 @@ def search(
     query = Item(text=text.strip() or None, image=image)
     from quarterlight.models.embedder import Embedder
 
-    embedder, judge = open_pair(model, reranker) if rerank else (Embedder(model), None)
+    if rerank:
+        embedder, judge = open_pair(model, reranker, quantization=quantization)
+    else:
+        embedder, judge = Embedder(model, quantization=quantization), None
     table = IndexStore.open(store, identity_of(embedder))
     searcher = Searcher(table, embedder, reranker=judge, rerank=rerank, fusion_weight=fusion)
     hits = searcher.search(query, kind=type, within=within, top_k=top_k)

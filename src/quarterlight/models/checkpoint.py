@@ -58,6 +58,7 @@ from quarterlight.models.inputs import check_markers
 from quarterlight.models.masked_instruction import MASKED_INSTRUCTION
 from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.processor import VTCProcessor
+from quarterlight.models.quantized import Quantization, named_tensors, quantization_of, quantize
 from quarterlight.models.rerank_inputs import AnswerTokens
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
 from quarterlight.prompts import (
@@ -168,6 +169,7 @@ def load_backbone(
     language_head: bool = False,
     merge: bool = True,
     tower: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[Any, VTCProcessor]:
     """Model (in ``eval`` mode) and processor of a folder, which agree on the tokens of a tile.
 
@@ -178,6 +180,8 @@ def load_backbone(
         other, so attention is causal and nothing is masked, whatever the folder says of its embeddings.
     merge: ``False`` leaves every adapter out.
     tower: settings of the vision tower that replace those of the folder, see :mod:`quarterlight.models.presets`.
+    quantization: how the weights of layers are kept, see :mod:`quarterlight.models.quantized`; adapters are merged
+        before.
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
@@ -200,7 +204,10 @@ def load_backbone(
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them.")
-    return model.to(device).eval(), processor
+    model = model.to(device).eval()
+    if quantization is not None:
+        quantize(model, quantization)
+    return model, processor
 
 
 def backbone_in(folder: Path) -> Backbone:
@@ -451,6 +458,8 @@ def _save_weights(
 ) -> None:
     """Weights, configuration, tokenizer and processor. adapter: folder for the one that the model has."""
     backbone = model.base_model
+    if quantization_of(model) is not None:
+        raise CheckpointError("The weights of the model are quantised: save it without, and quantise it when loading.")
     if adapter and not has_adapter(backbone):
         raise CheckpointError("The model has no LoRA adapter to save: add one with add_lora, and do not merge it.")
     if has_adapter(backbone) and not adapter:
@@ -679,7 +688,7 @@ def vision_hash(folder: Path | None, model: Any, processor: VTCProcessor) -> str
     config = model.config
     backbone = backbone_of(config)
     parts = [f"{name}." for name in backbone.eyes]
-    weights = saved_tensors(folder, parts) if folder else sorted(model.base_model.state_dict().items())
+    weights = saved_tensors(folder, parts) if folder else named_tensors(model.base_model)
     eyes = {"".join(name.partition(part)[1:]): one for name, one in weights for part in parts if part in name}
     recipe = {
         "weights": weights_hash(sorted(eyes.items())),
@@ -687,6 +696,8 @@ def vision_hash(folder: Path | None, model: Any, processor: VTCProcessor) -> str
         "connector": {name: getattr(config, name, None) for name in backbone.connector_settings},
         "vision_config": {name: getattr(config.vision_config, name, None) for name in backbone.tower_settings},
     }
+    if (quantization := quantization_of(model)) is not None:
+        recipe["quantization"] = quantization
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 

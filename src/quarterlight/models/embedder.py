@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,12 +38,16 @@ from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.presets import preset_of
 from quarterlight.models.processor import VTCProcessor
+from quarterlight.models.quantized import Quantization, named_tensors, quantization_of
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.shared_prefix import Prefix, can_share, embed_after, read_prefix
 from quarterlight.models.tiles import Grid, Tiles, num_tiles
 from quarterlight.models.tokenizer import with_markers
 from quarterlight.prompts import Role, chat_template
 from quarterlight.records import ArchiveMember, ImageSource, Item, ItemLike
+
+if TYPE_CHECKING:
+    from quarterlight.models.compiled import Compiled
 
 WINDOW_BYTES = 64 * 2**20
 """Decoded tiles waiting for the model: one window of at most so many bytes is computed while the next is decoded."""
@@ -88,6 +92,7 @@ class Work:
     rows_sharing, tokens_spared: those whose beginning was read for other rows too, and tokens not read for that reason.
     pictures, pictures_spared: those of the rows, and those of them that did not go through the vision tower because the
         call had seen the same a moment before.
+    layers_compiled: how often a layer ran as ``torch.compile`` had made it.
     """
 
     rows: int = 0
@@ -96,6 +101,7 @@ class Work:
     tokens_spared: int = 0
     pictures: int = 0
     pictures_spared: int = 0
+    layers_compiled: int = 0
 
 
 class Embedder:
@@ -108,6 +114,8 @@ class Embedder:
     """
 
     _folder: Path | None = None  # of a model in memory
+    compiled: Compiled | None = None
+    """What of the model is compiled, if that was asked for."""
     _released: Mapping[str, Any] | None = None  # what a preset changed in the model of the folder
 
     def __init__(
@@ -124,6 +132,8 @@ class Embedder:
         shared_prefix: bool = True,
         decode_margin: int | None = None,
         preset: str | None = None,
+        quantization: Quantization | None = None,
+        compile: bool | str = False,
     ) -> None:
         """
         model: a bundled name, a folder or a hub id.
@@ -144,6 +154,12 @@ class Embedder:
             keeps every pixel, is the default, and another value changes ``model_hash``.
         preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
             ``None`` finds it by the name of the model, where that has one.
+        quantization: ``"int8"`` keeps the weights of layers as int8, which takes a quarter of the memory of float32;
+            see :mod:`quarterlight.models.quantized`.  Needs torchao.  Changes embeddings, those of nano by up to 1e-4 of
+            cosine (``docs/performance.md``), and so ``model_hash``.
+        compile: lets layers run as ``torch.compile`` makes them, see :mod:`quarterlight.models.compiled`; a string is a
+            mode of it, such as ``"reduce-overhead"``.  Takes a minute or more before this returns, less where its cache
+            on disk has what it needs.  Changes embeddings by rounding only.
         Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)
@@ -155,6 +171,7 @@ class Embedder:
             dtype=dtype or best_dtype(place),
             device=place,
             tower=released.tower if released else None,
+            quantization=quantization,
         )
         if released:
             settings = released.settings
@@ -169,6 +186,11 @@ class Embedder:
                 raise InputError(f"decode_margin must be at least 1, got {decode_margin}.")
             self._formatter = InputFormatter(processor, settings, decode_margin=decode_margin)
         self._folder = folder
+        if compile:
+            from quarterlight.models.compiled import compile_layers  # seconds of import
+
+            mode = compile if isinstance(compile, str) else None
+            self.compiled = compile_layers(self.model, mode=mode, on_call=self._count_compiled)
 
     @classmethod
     def from_model(
@@ -245,7 +267,7 @@ class Embedder:
     def model_hash(self) -> str:
         """SHA-256, in hex, of the weights and all else that changes an embedding; device and dtype, which change it by
         rounding only, are left out. Reads all weights the first time."""
-        weights = saved_tensors(self._folder) if self._folder else sorted(self.model.state_dict().items())
+        weights = saved_tensors(self._folder) if self._folder else named_tensors(self.model)
         settings = self.settings.what_matters()
         for name in self._backbone.unheeded:
             settings.pop(name, None)
@@ -269,6 +291,8 @@ class Embedder:
             recipe["decode_margin"] = self._formatter.decode_margin
         if self._released:
             recipe["released"] = self._released
+        if (quantization := quantization_of(self.model)) is not None:
+            recipe["quantization"] = quantization
         return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
@@ -522,7 +546,7 @@ class Embedder:
         """
         grids = [[picture.grid for picture in job.pictures] for job in batch]
         inputs: dict[str, Any] = {
-            name: tensor.to(self.model.device)
+            name: on_device(tensor, self.model.device)
             for name, tensor in self._formatter.collate([job.prompt for job in batch], grids).items()
         }
         if pictures := [picture for job in batch for picture in job.pictures]:
@@ -564,15 +588,20 @@ class Embedder:
             grids = [picture.grid for picture in unseen.values()]
             runs = backbone.split(grids, max(1, self.tokens_per_batch // backbone.patches(config)))
             normalize = self.processor.image_processor.normalize_tiles
-            chunks = [
-                backbone.see(self.model, normalize(chunk.to(self.model.device)), run)
-                for chunk, run in zip(tiles_THW3.split([sum(map(num_tiles, run)) for run in runs]), runs, strict=True)
+            # all copies are begun before the first is used, so that later ones travel while the tower computes
+            sent = [
+                on_device(chunk, self.model.device)
+                for chunk in tiles_THW3.split([sum(map(num_tiles, run)) for run in runs])
             ]
+            chunks = [backbone.see(self.model, normalize(chunk), run) for chunk, run in zip(sent, runs, strict=True)]
             parts = torch.cat(chunks).split([backbone.num_rows(config, grid) for grid in grids])
             for digest, part in zip(unseen, parts, strict=True):
                 features[digest] = part
                 seen.put(digest, part.clone())
         return [features[picture.digest] for picture in pictures]
+
+    def _count_compiled(self) -> None:
+        self.work.layers_compiled += 1
 
     def _num_tokens(self, job: _Job) -> int:
         return job.prompt.num_tokens + sum(self._formatter.num_image_tokens(picture.grid) for picture in job.pictures)
@@ -620,6 +649,14 @@ class _Job:
     futures: list[Future[_Picture]] = field(default_factory=list)
     pictures: list[_Picture] = field(default_factory=list)
     key: Any = None
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there.  To a GPU it travels from memory that is not paged, while this goes on; what is computed of it
+    there waits (PyTorch's tutorial on ``pin_memory`` and ``non_blocking``).  On a CPU it is the tensor itself."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _common(openings: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

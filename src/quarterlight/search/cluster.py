@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from quarterlight.errors import InputError, QuarterlightError
 from quarterlight.index import ModelIdentity
+from quarterlight.models.quantized import Quantization
 from quarterlight.search.embed import EmbedConfig, Group, Shard, decode, encode
 from quarterlight.search.encoder import Encoder, identity_of
 
@@ -124,16 +125,16 @@ class Cluster:
         return num_workers, {"num_cpus": MODEL_CPUS}, max(1, num_cpus), {"num_cpus": DECODER_CPUS}
 
 
-def open_embedder(model: str) -> Encoder:
+def open_embedder(model: str, quantization: Quantization | None = None) -> Encoder:
     """The embedder of that name, on the machine that asks."""
     from quarterlight.models.embedder import Embedder
 
-    return Embedder(model)
+    return Embedder(model, quantization=quantization)
 
 
-def embedder_opener(model: str) -> Callable[[], Encoder]:
+def embedder_opener(model: str, quantization: Quantization | None = None) -> Callable[[], Encoder]:
     """What a worker calls for its model."""
-    return functools.partial(open_embedder, model)
+    return functools.partial(open_embedder, model, quantization)
 
 
 class _Decoder:

@@ -1,0 +1,137 @@
+"""Layers that run as ``torch.compile`` made them.
+
+One function is compiled for all layers of the vision tower and one for all of the language model, so that it takes as
+long for 28 layers as for one, and once more where a batch has one row or tile, which torch takes for another case.
+Sizes of batches and lengths of rows stay open: they need no compiling again.  What torch compiled before, on this
+machine, it finds in its cache on disk.
+
+Two things run as they always do: layers that are given keys and values of a common beginning, each of which would need
+a function of its own, and towers that see the pictures of a batch in one sequence (Qwen-VL), whose attention is cut in
+places that only the numbers in it tell.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from quarterlight.models.backbones import backbone_of
+from quarterlight.models.quantized import layers_of
+
+ROWS, TOKENS = 3, 11
+"""Tiles or rows, and tokens of a row, that functions are compiled with; any other numbers above 1 would do."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Compiled:
+    """What of a model was compiled.
+
+    tower, language_model: layers.  seconds: that compiling took, or finding what was compiled before.
+    failure: what torch could not compile, and so runs as it always does; empty where there was nothing.
+    """
+
+    tower: int = 0
+    language_model: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+
+
+@torch.inference_mode()
+def compile_layers(model: Any, *, mode: str | None = None, on_call: Callable[[], None] = lambda: None) -> Compiled:
+    """Compiles the layers of a model without a language head, in ``eval`` mode, and lets it use them.
+
+    mode: of ``torch.compile``; ``None`` is its default.
+    on_call: called whenever a compiled layer was used.
+    Where torch cannot compile, or cannot go on with what it compiled, the model runs as before, and the log says why.
+    """
+    compiled = Compiled()
+    config, backbone = model.config, backbone_of(model.config)
+    tower, language = (list(model.get_submodule(name)) for name in layers_of(model))
+    started = time.monotonic()
+    if backbone.tower(config).tiles_are_pictures:
+
+        def see(tiles: int) -> None:
+            grids = [backbone.smallest()] * tiles
+            pixels = torch.zeros(backbone.pixels_shape(config, grids), dtype=model.dtype, device=model.device)
+            backbone.see(model, pixels, grids)
+
+        compiled.tower = _compile("vision tower", tower, see, compiled, mode, on_call)
+
+    def read(rows: int) -> None:
+        input_ids = torch.zeros(rows, TOKENS, dtype=torch.long, device=model.device)
+        model(input_ids=input_ids, use_cache=False, is_causal=True)
+
+    compiled.language_model = _compile("language model", language, read, compiled, mode, on_call)
+    compiled.seconds = time.monotonic() - started
+    return compiled
+
+
+def _compile(
+    part: str,
+    layers: list[nn.Module],
+    use: Callable[[int], None],
+    compiled: Compiled,
+    mode: str | None,
+    on_call: Callable[[], None],
+) -> int:
+    """Lets layers, which are of one class, run by one compiled function; returns how many do.
+
+    use: runs them on so many tiles or rows.
+    """
+    plain = type(layers[0]).forward
+    fast = torch.compile(plain, dynamic=True, fullgraph=True, mode=mode)  # all of it compiled, or an error
+    ready = False
+
+    def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            return plain(layer, *args, **kwargs)
+        try:
+            found = fast(layer, *args, **kwargs)
+        except TorchDynamoException as error:
+            if not ready:
+                raise
+            give_up(error)
+            return plain(layer, *args, **kwargs)
+        if ready:
+            on_call()
+        return found
+
+    def give_up(error: Exception) -> None:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        reason = next(iter(str(error).strip().splitlines()), "")
+        compiled.failure = f"{part}: {type(error).__name__}: {reason}"
+        _log.warning("Layers of the %s run as ever, since torch cannot compile them: %s", part, reason)
+
+    use(1)  # upon which transformers adds its hooks
+    _drop_capturing(layers)
+    for layer in layers:
+        layer.forward = functools.partial(run, layer)
+    try:
+        for number in (ROWS, 1):
+            use(number)
+    except Exception as error:  # whatever a compiler comes upon; the model works without
+        give_up(error)
+        return 0
+    ready = True
+    return len(layers)
+
+
+def _drop_capturing(layers: list[nn.Module]) -> None:
+    """Takes out the hooks by which transformers hands attention weights to whoever asks for them, which nobody here
+    does: torch cannot compile them.  Those on the layers themselves, which hand out hidden states, stay."""
+    for layer in layers:
+        for part in layer.modules():
+            for key, hook in list(part._forward_hooks.items()):
+                if part is not layer and getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+                    del part._forward_hooks[key]
