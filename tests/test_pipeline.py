@@ -360,9 +360,6 @@ def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     (foreign / "start").mkdir(parents=True)
     fails(RecipeError, "not made by training", recipe(), out=foreign)
-    warmup = values()["warmup"]
-    capped = warmup | {"loss": warmup["loss"] | {"max_pixels": 100}}
-    fails(RecipeError, "warmup.loss.max_pixels is for Qwen-VL", recipe(warmup=capped), out=finished)
     missing = values()["restore"] | {"data": [{"file": "nowhere.jsonl"}]}
     fails(DatasetError, "nowhere.jsonl", recipe(restore=missing), out=finished)
     later = values()["finetune"] | {"mixture": [{"dataset": "emoji", "task": "t2x"}]}

@@ -60,7 +60,6 @@ from quarterlight.prompts import QUERY_INSTRUCTIONS, TARGET_INSTRUCTIONS
 from quarterlight.recipe import (
     NO_HEAD,
     NO_HEAD_SAVED,
-    NO_PIXELS,
     DistillStage,
     EmbedStage,
     Recipe,
@@ -127,7 +126,6 @@ def run(
     pipeline = _Pipeline(recipe, data, folder)
     for stage in chosen:
         pipeline.inputs(stage)  # what is missing is missed before anything runs
-    pipeline.check_pixels(chosen)
     if "rerank" in chosen:
         pipeline.check_head()
     if not processes().is_main_process:
@@ -310,16 +308,6 @@ class _Pipeline:
         released = preset_of(self.recipe.model.checkpoint, folder, self.recipe.model.preset)
         content = [folder_hash(folder), *([asdict(released)] if released else [])]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def check_pixels(self, stages: Sequence[str]) -> None:
-        """Raises RecipeError when one of them limits the pixels of pictures for a model that does not heed this."""
-        checkpoint = self.recipe.model.checkpoint
-        for stage in stages:
-            loss = getattr(getattr(self.recipe, stage, None), "loss", None)
-            if isinstance(loss, EmbedRecipe) and loss.max_pixels is not None:
-                config = InternVLVTCConfig() if checkpoint is None else load_config(resolve_checkpoint(checkpoint))
-                if "max_pixels" in backbone_of(config).unheeded:
-                    raise RecipeError(NO_PIXELS.format(stage=stage))
 
     def check_head(self) -> None:
         """Raises RecipeError when ``rerank`` would begin with an embedder that cannot write."""

@@ -43,7 +43,6 @@ from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS
 from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
 from quarterlight.recipe import (
-    NO_PIXELS,
     ContrastStage,
     EmbedStage,
     MixtureStage,
@@ -331,8 +330,6 @@ class _Planner:
     def _contrast(self, name: str, stage: EmbedStage) -> StagePlan:
         tasks, loss, optimizer = self.sizes.tasks(name), stage.loss, stage.optimizer
         if loss.max_pixels is not None:
-            if "max_pixels" in self.backbone.unheeded:
-                raise RecipeError(NO_PIXELS.format(stage=name))
             tasks = [task.shrunk(self._most_tiles(1, loss.max_pixels) / self._most_tiles(1)) for task in tasks]
         samples = sum(task.num_queries for task in tasks)
         taught = self.recipe.teach if name in ("distill", "continue_hard") else None

@@ -67,11 +67,6 @@ NO_HEAD_SAVED = (
     "answers: name the model that it was made from as rerank.checkpoint."
 )
 
-NO_PIXELS = (
-    "{stage}.loss.max_pixels is for Qwen-VL; this model cuts pictures into tiles of one size: say max_tiles in the "
-    "mixture of the stage."
-)
-
 NO_HEAD = (
     "rerank.initial is finetune, but an embedder has no language head of its own, and this model does not use the "
     "embeddings of its words as one (tie_word_embeddings): say rerank.initial: restore."

@@ -188,7 +188,7 @@ def test_unreadable_pictures_lose_their_labels(writer: Any, conversations: list[
     batch = collate([samples])
     assert batch["labels"].tolist() == samples[1].ids[samples[1].labelled].tolist()
     (reason,) = batch["unreadable"]
-    assert reason.startswith(str(tmp_path / "broken.png")) and batch["num_images"] == 2
+    assert reason.startswith(str(tmp_path / "broken.png")) and batch["num_pictures"] == 2
     assert batch["pixel_values"].shape[0] == sum(samples[0].tiles)
 
 
