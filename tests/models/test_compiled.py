@@ -14,6 +14,7 @@ from tests.models.qwen import QWEN, plain_qwen
 from torch._inductor import config as inductor_config
 
 from quarterlight import Item
+from quarterlight.errors import InputError
 from quarterlight.models.embedder import Embedder
 
 needs_compiler = pytest.mark.skipif(
@@ -68,6 +69,11 @@ def test_where_torch_cannot_compile(
     assert "language model: RuntimeError: no compiler" in embedder.compiled.failure
     np.testing.assert_allclose(embedder.encode_document(items), tiny_embedder.encode_document(items), rtol=0, atol=1e-6)
     assert embedder.work.layers_compiled == 0
+
+
+def test_unknown_mode(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="Did you mean 'reduce-overhead'"):
+        Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", compile="reduce_overhead")
 
 
 @pytest.mark.parametrize("kind", QWEN)

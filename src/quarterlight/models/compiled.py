@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from quarterlight.errors import InputError, did_you_mean
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.quantized import layers_of
 
@@ -53,7 +54,10 @@ def compile_layers(model: Any, *, mode: str | None = None, on_call: Callable[[],
     mode: of ``torch.compile``; ``None`` is its default.
     on_call: called whenever a compiled layer was used.
     Where torch cannot compile, or cannot go on with what it compiled, the model runs as before, and the log says why.
+    Raises InputError for a mode that torch does not have.
     """
+    if mode is not None and mode not in (modes := torch._inductor.list_mode_options()):
+        raise InputError(f"torch.compile has no mode {mode!r}. {did_you_mean(mode, modes)}")
     compiled = Compiled()
     config, backbone = model.config, backbone_of(model.config)
     tower, language = (list(model.get_submodule(name)) for name in layers_of(model))
