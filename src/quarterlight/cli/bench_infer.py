@@ -182,7 +182,7 @@ class _Run:
         paths = _fast_paths(ours, recorded)
         console.out.print(
             f"Ceiling: {ceiling['matmul_tflops']:.2f} TFLOP/s ({name_of_dtype}, 4096^3). Ours used: "
-            + ", ".join(f"{name} ({how})" for name, how in paths.items())
+            + (", ".join(f"{name} ({how})" for name, how in paths.items()) or "nothing beyond one item after the other")
             + ".\n",
             soft_wrap=True,
         )
@@ -530,15 +530,26 @@ def _differences(
 
 
 def _fast_paths(embedder: Embedder, recorded: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What our engine did beyond one item after the other, as far as it can be counted: as it was counted."""
+    """What our engine did beyond one item after the other, as it was counted; what it did not do is not named."""
     done = {key: sum(load["work"][key] for load in recorded) for key in recorded[0]["work"]}
-    return {
-        "batches by tokens": f"up to {embedder.tokens_per_batch:,}, longest items first",
-        "pictures decoded meanwhile": f"{getattr(embedder._workers, '_max_workers', 0)} threads",
-        "beginnings read once": f"for {done['rows_sharing']:,} of {done['rows']:,} rows, which spared "
-        f"{done['tokens_spared']:,} of {done['tokens']:,} tokens",
-        "same picture once": f"{done['pictures_spared']:,} of {done['pictures']:,} spared",
+    rows, pictures = f"of {done['rows']:,} rows", f"of {done['pictures']:,}"
+    counted = {
+        "batches by tokens": (
+            done["rows"] - done["batches"],
+            f"{done['rows']:,} rows in {done['batches']:,}, up to {embedder.tokens_per_batch:,} tokens each",
+        ),
+        "pictures decoded meanwhile": (
+            done["pictures_ahead"],
+            f"{done['pictures_ahead']:,} {pictures} by {getattr(embedder._workers, '_max_workers', 0)} threads",
+        ),
+        "beginnings read once": (
+            done["rows_sharing"],
+            f"for {done['rows_sharing']:,} {rows}, which spared {done['tokens_spared']:,} of {done['tokens']:,} tokens",
+        ),
+        "same picture once": (done["pictures_spared"], f"{done['pictures_spared']:,} {pictures} spared"),
+        "rows without padding": (done["rows_packed"], f"{done['rows_packed']:,} {rows}"),
     }
+    return {name: how for name, (times, how) in counted.items() if times > 0}
 
 
 def _print(recorded: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -39,6 +39,7 @@ COMMANDS = {
         "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),
         "latency": ("quarterlight.cli.bench_infer:bench_latency", "Embedding one at a time, next to other libraries."),
         "throughput": ("quarterlight.cli.bench_infer:bench_throughput", "Embedding many, next to other libraries."),
+        "ray": ("quarterlight.cli.bench_ray:bench_ray", "Bulk embedding by more and more workers."),
         "parts": ("quarterlight.cli.bench_parts:bench_parts", "Where the time of embedding goes, as a picture."),
         "memory": ("quarterlight.cli.bench_memory:bench_memory", "Whether embedding more items takes more memory."),
         "cost": ("quarterlight.cli.bench_cost:bench_cost", "Visual tokens and latency next to the paper's Table 6."),
