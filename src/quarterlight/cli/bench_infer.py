@@ -81,7 +81,7 @@ def bench_throughput(
         list[str] | None,
         typer.Option("--workload", help="MMEB-like, VisDoc-like, mixed or queries.", show_default="all"),
     ] = None,
-    items: Annotated[int, typer.Option(min=10, help="Items of a workload.")] = 200,
+    items: Annotated[int, typer.Option(min=3, help="Items of a workload.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every system once. One more warms up.")] = 5,
     systems: Annotated[
         list[str] | None, typer.Option("--system", help="What ours is compared with.", show_default="all")

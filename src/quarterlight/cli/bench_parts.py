@@ -359,7 +359,7 @@ def draw(records: Sequence[Mapping[str, Any]], file: Path) -> None:
             unit, scale = ("s", 1e3) if any(cell["ms_per_item"]["median"] > 2e3 for cell in cells) else ("ms", 1.0)
             for place, cell in enumerate(cells):
                 _bar(axes, place, cell, scale)
-            axes.set_title(f"{record['settings']['model']}: a {kind}", fontsize=10)
+            axes.set_title(f"{record['settings']['model']}: {kind}", fontsize=10)
             axes.set_xticks(range(len(cells)), [f"s = {cell['compression']}" for cell in cells])
             axes.set_xlim(-0.6, len(cells) - 0.2)
             axes.set_ylabel(unit)

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from quarterlight import __version__
+from quarterlight.cli import allocator
 from quarterlight.errors import QuarterlightError
 
 COMMANDS = {
@@ -123,6 +124,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no encoding knows
+    if sys.argv[1:2] and sys.argv[1] in allocator.COMMANDS:
+        allocator.keep_freed_memory()
     program()(prog_name="quarterlight")
 
 
