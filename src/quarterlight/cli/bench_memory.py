@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from quarterlight.cli import console
+from quarterlight.cli.allocator import keep_freed_memory
 from quarterlight.cli.measure import MemoryPeak
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _embed(items: Sequence[Item], model: str, device: str) -> Embedding:
 
     from quarterlight.models.embedder import Embedder
 
+    keep_freed_memory()  # as the commands that embed do when they start
     embedder = Embedder(model, device=device)
     mixed = [items[place] for place in np.random.default_rng(0).permutation(len(items))]
     start = time.perf_counter()
