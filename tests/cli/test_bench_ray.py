@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tests.search.fakes import FakeEncoder
 
 from quarterlight.cli import bench_ray
 from quarterlight.cli.main import program
+from quarterlight.index import ModelIdentity
+from quarterlight.search import cluster
 from quarterlight.search.embed import Local
 from quarterlight.search.encoder import identity_of
 
@@ -33,6 +36,27 @@ def test_everything_is_embedded_by_each_in_turn(kind: str, tmp_path: Path, monke
     assert [cell["workers"] for cell in cells] == [1, 2]
     assert order == [(1, 0), (1, 1), (1, 2), (2, 2)]
     assert cells[0]["of_linear"] == 1
+
+
+def test_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here(Local):
+        def identity(self) -> ModelIdentity:
+            return identity_of(FakeEncoder())
+
+    counts: list[int] = []
+
+    def connect(address: str, _: object, *, num_workers: int) -> Here:
+        counts.append(num_workers)
+        return Here(FakeEncoder())
+
+    monkeypatch.setattr(cluster.Cluster, "connect", connect)
+    monkeypatch.setattr(bench_ray, "_cores", lambda: 2.0)
+    arguments = ["bench", "ray", "--items", "120", "--repeats", "1", "--workers", "2", "--workers", "1"]
+    result = CliRunner().invoke(program(), [*arguments, "--kind", "text"])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert counts == [cell["workers"] for cell in record["cases"]] == [1, 2]
+    assert all(cell["kind"] == "text" and cell["items_per_s"]["median"] > 0 for cell in record["cases"])
 
 
 def test_of_linear(monkeypatch: pytest.MonkeyPatch) -> None:
