@@ -26,8 +26,8 @@ BYTES = 2**30
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether glibc was told to reuse blocks up to 1 GiB rather than to give them back to the system.
 
-    The peak of a process may grow by a tenth; between calls it keeps what the largest needed.  Nothing is done, and nothing
-    is wrong, where the C library is another one or ``environ`` says otherwise.
+    The peak of a process may grow by a tenth; between calls it keeps what the largest needed.  Nothing is done, and
+    nothing is wrong, where the C library is another one or ``environ`` says otherwise.
     """
     if environ.get(VARIABLE) == "0" or any(environ.get(name) for name in OWN_SETTINGS):
         return False

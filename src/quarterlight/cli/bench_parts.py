@@ -244,7 +244,7 @@ def _measure(
             "items": number,
             "repeats": repeats,
             "clock": timed_by,
-            "threads_that_read": threads[own]._workers._max_workers,
+            "threads_that_read": getattr(threads[own]._workers, "_max_workers", 0),
         },
         "ceiling": {name: round(value, 4) for name, value in ceiling.items()},
         "clock_ms_per_item": round(_cost(waited) * clock.num_entered / len(cases) / (1 + repeats) / number, 4),
@@ -364,7 +364,7 @@ def draw(records: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.set_xlim(-0.6, len(cells) - 0.2)
             axes.set_ylabel(unit)
             axes.spines[["top", "right"]].set_visible(False)
-    legend = [Patch(color=colour, label=name) for name, colour in zip(PARTS, COLOURS, strict=True)][::-1]
+    legend: list[Any] = [Patch(color=colour, label=name) for name, colour in zip(PARTS, COLOURS, strict=True)][::-1]
     legend.append(Patch(facecolor="white", edgecolor="#555555", hatch="////", label="floor of both models"))
     if any(cell["threads_ms_per_item"] for record in records for cell in record["cases"]):
         from matplotlib.lines import Line2D
