@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from quarterlight.cli.main import program
 from quarterlight.cli.measure import MemoryPeak, rounds
 from quarterlight.errors import CheckpointError
 from quarterlight.models.embedder import Embedder
+from quarterlight.records import Item
+
+BATCHES, AHEAD, BEGINNINGS, ONCE = (
+    "batches by tokens",
+    "pictures decoded meanwhile",
+    "beginnings read once",
+    "same picture once",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +52,7 @@ def test_throughput(tiny_checkpoint: Path) -> None:
     assert plain["tokens"] == mixed["systems"][bench_infer.TRANSFORMERS]["tokens"]
     assert ours["items_per_s"] == pytest.approx(1e3 / ours["ms_per_item"]["median"], rel=1e-2)
     assert max(mixed["largest_difference"].values()) < 1e-4
-    assert set(record["fast_paths"]) >= {"batches by tokens", "pictures decoded meanwhile"}
+    assert set(record["fast_paths"]) == {BATCHES, AHEAD, BEGINNINGS}
     assert not {bench_infer.COMPILED, bench_infer.INT8} & {*mixed["systems"], *record["fast_paths"]}
 
 
@@ -57,7 +66,8 @@ def test_queries_with_one_instruction(tiny_checkpoint: Path) -> None:
     assert queries["work"]["tokens"] == queries["systems"][bench_infer.OURS]["tokens"]
     assert queries["work"]["tokens_spared"] == 15 * 60
     assert 15 * 60 + 16 * 18 < queries["work"]["tokens"] < 16 * (60 + 20 + 10)
-    assert "16 of 16 rows" in record["fast_paths"]["beginnings read once"]
+    assert set(record["fast_paths"]) == {BATCHES, BEGINNINGS}
+    assert "16 of 16 rows" in record["fast_paths"][BEGINNINGS]
 
 
 def test_latency(tiny_checkpoint: Path) -> None:
@@ -65,6 +75,35 @@ def test_latency(tiny_checkpoint: Path) -> None:
     record = run("latency", *arguments, "--system", "sentence-transformers")
     assert [load["workload"] for load in record["workloads"]] == ["text", "image", "page"]
     assert [*record["workloads"][0]["systems"]] == [bench_infer.OURS, bench_infer.SENTENCE_TRANSFORMERS]
+    assert set(record["fast_paths"]) == {AHEAD}, "of one item, there is nothing else to spare"
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "more"),
+    [
+        ({}, set(), set()),
+        ({"tokens_per_batch": 1}, {BATCHES, BEGINNINGS}, set()),  # no two rows meet
+        ({"num_workers": 0}, {AHEAD}, set()),
+        ({"shared_prefix": False}, {BEGINNINGS}, set()),
+        ({"packed": True}, {BEGINNINGS}, {"rows without padding"}),
+    ],
+)
+def test_a_fast_path_that_is_off_is_not_named(
+    options: dict[str, Any], missing: set[str], more: set[str], tiny_embedder: Embedder, picture: Any
+) -> None:
+    model = tiny_embedder
+    embedder = Embedder.from_model(model.model, model.processor, model.settings, **{"tokens_per_batch": 600, **options})
+    shown = picture(1)
+    texts = [Item(text=f"an apple, {number}", instruction="Find these words.") for number in range(20)]
+    embedder.encode_document([*texts, *(Item(image=shown, text=f"number {number}") for number in range(4))])
+    named = set(bench_infer._fast_paths(embedder, [{"work": asdict(embedder.work)}]))
+    assert named == {BATCHES, AHEAD, BEGINNINGS, ONCE} - missing | more
+
+
+def test_the_same_picture_is_not_said_to_be_seen_once_when_there_is_none(tiny_embedder: Embedder, picture: Any) -> None:
+    embedder = Embedder.from_model(tiny_embedder.model, tiny_embedder.processor, tiny_embedder.settings)
+    embedder.encode_document([Item(image=picture(number)) for number in range(3)])
+    assert ONCE not in bench_infer._fast_paths(embedder, [{"work": asdict(embedder.work)}])
 
 
 def test_changed_weights_run_when_they_are_named(tiny_checkpoint: Path) -> None:

@@ -91,7 +91,7 @@ def bench_throughput(
         list[str] | None,
         typer.Option("--workload", help="MMEB-like, VisDoc-like, mixed or queries.", show_default="all"),
     ] = None,
-    items: Annotated[int, typer.Option(min=10, help="Items of a workload.")] = 200,
+    items: Annotated[int, typer.Option(min=3, help="Items of a workload.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every system once. One more warms up.")] = 5,
     systems: Annotated[
         list[str] | None, typer.Option("--system", help="What ours is compared with.", show_default="all")
@@ -191,7 +191,7 @@ class _Run:
         paths = _fast_paths(ours, recorded, systems)
         console.out.print(
             f"Ceiling: {ceiling['matmul_tflops']:.2f} TFLOP/s ({name_of_dtype}, 4096^3). Ours used: "
-            + ", ".join(f"{name} ({how})" for name, how in paths.items())
+            + (", ".join(f"{name} ({how})" for name, how in paths.items()) or "nothing beyond one item after the other")
             + ".\n",
             soft_wrap=True,
         )
@@ -547,27 +547,40 @@ def _differences(
 
 
 def _fast_paths(
-    embedder: Embedder, recorded: Sequence[Mapping[str, Any]], systems: Mapping[str, System]
+    embedder: Embedder, recorded: Sequence[Mapping[str, Any]], systems: Mapping[str, System] | None = None
 ) -> dict[str, str]:
-    """What our engine did beyond one item after the other, as far as it can be counted: as it was counted."""
+    """What our engine did beyond one item after the other, as it was counted; what it did not do is not named.
+
+    systems: those that were compared, of which some are our engine with compiled layers or other weights.
+    """
     from quarterlight.models.quantized import quantization_of
 
     done = {key: sum(load["work"][key] for load in recorded) for key in recorded[0]["work"]}
-    paths = {
-        "batches by tokens": f"up to {embedder.tokens_per_batch:,}, longest items first",
-        "pictures decoded meanwhile": f"{getattr(embedder._workers, '_max_workers', 0)} threads",
-        "beginnings read once": f"for {done['rows_sharing']:,} of {done['rows']:,} rows, which spared "
-        f"{done['tokens_spared']:,} of {done['tokens']:,} tokens",
-        "same picture once": f"{done['pictures_spared']:,} of {done['pictures']:,} spared",
+    rows, pictures = f"of {done['rows']:,} rows", f"of {done['pictures']:,}"
+    counted = {
+        "batches by tokens": (
+            done["rows"] - done["batches"],
+            f"{done['rows']:,} rows in {done['batches']:,}, up to {embedder.tokens_per_batch:,} tokens each",
+        ),
+        "pictures decoded meanwhile": (
+            done["pictures_ahead"],
+            f"{done['pictures_ahead']:,} {pictures} by {getattr(embedder._workers, '_max_workers', 0)} threads",
+        ),
+        "beginnings read once": (
+            done["rows_sharing"],
+            f"for {done['rows_sharing']:,} {rows}, which spared {done['tokens_spared']:,} of {done['tokens']:,} tokens",
+        ),
+        "same picture once": (done["pictures_spared"], f"{done['pictures_spared']:,} {pictures} spared"),
+        "rows without padding": (done["rows_packed"], f"{done['rows_packed']:,} {rows}"),
     }
-    compiled = systems[COMPILED].ours if COMPILED in systems else None
-    if compiled is not None and compiled.compiled is not None:
+    paths = {name: how for name, (times, how) in counted.items() if times > 0}
+    others = {name: system.ours for name, system in (systems or {}).items() if system.ours is not None}
+    if (ours := others.get(COMPILED)) is not None and ours.compiled is not None:
         if calls := sum(load["layers_compiled"] for load in recorded):
-            paths[COMPILED] = f"{calls:,} calls of layers, after {compiled.compiled.seconds:.0f} s of compiling"
-        if compiled.compiled.failure:
-            paths["not compiled"] = compiled.compiled.failure
-    quantized = systems[INT8].ours if INT8 in systems else None
-    if quantized is not None and (kept := quantization_of(quantized.model)) is not None:
+            paths[COMPILED] = f"{calls:,} calls of layers, after {ours.compiled.seconds:.0f} s of compiling"
+        if ours.compiled.failure:
+            paths["not compiled"] = ours.compiled.failure
+    if (ours := others.get(INT8)) is not None and (kept := quantization_of(ours.model)) is not None:
         paths[INT8] = f"weights of layers as {kept}"
     return paths
 

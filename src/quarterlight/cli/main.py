@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from quarterlight import __version__
+from quarterlight.cli import allocator
 from quarterlight.errors import QuarterlightError
 
 COMMANDS = {
@@ -39,6 +40,9 @@ COMMANDS = {
         "train": ("quarterlight.cli.bench_train:bench_train", "Speed and memory of training steps."),
         "latency": ("quarterlight.cli.bench_infer:bench_latency", "Embedding one at a time, next to other libraries."),
         "throughput": ("quarterlight.cli.bench_infer:bench_throughput", "Embedding many, next to other libraries."),
+        "ray": ("quarterlight.cli.bench_ray:bench_ray", "Bulk embedding by more and more workers."),
+        "parts": ("quarterlight.cli.bench_parts:bench_parts", "Where the time of embedding goes, as a picture."),
+        "memory": ("quarterlight.cli.bench_memory:bench_memory", "Whether embedding more items takes more memory."),
         "cost": ("quarterlight.cli.bench_cost:bench_cost", "Visual tokens and latency next to the paper's Table 6."),
         "vtc": ("quarterlight.cli.bench_vtc:bench_vtc", "Visual token compression against none, by model shape."),
     },
@@ -125,6 +129,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no encoding knows
+    if sys.argv[1:2] and sys.argv[1] in allocator.COMMANDS:
+        allocator.keep_freed_memory()
     program()(prog_name="quarterlight")
 
 

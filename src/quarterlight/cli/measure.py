@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 _K = TypeVar("_K", bound=Hashable)
 
 
-def seconds(function: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, all that it started on a GPU included."""
+def seconds(function: Callable[[], Any], device: str, now: Callable[[], float] = time.perf_counter) -> float:
+    """Wall time of one call, all that it started on a GPU included; by another clock if ``now`` reads one."""
     import torch
 
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
-    start = time.perf_counter()
+    start = now()
     function()
     wait()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def rounds(
@@ -59,15 +59,15 @@ def times_faster(slow: Sequence[float], fast: Sequence[float]) -> dict[str, floa
     return spread([one / other for one, other in zip(slow, fast, strict=True)])
 
 
-def ceiling_of(device: str, dtype: torch.dtype) -> dict[str, float]:
+def ceiling_of(device: str, dtype: torch.dtype, now: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """What this machine reaches on a 4096^3 matrix product, in TFLOP/s, and on reading 1 GiB, in GB/s."""
     import torch
 
     n = 4096
     square = torch.randn(n, n, device=device).to(dtype)
-    product = min(seconds(lambda: square @ square, device) for _ in range(5))
+    product = min(seconds(lambda: square @ square, device, now) for _ in range(5))
     block = torch.ones(2**28, device=device)
-    read = min(seconds(block.sum, device) for _ in range(5))
+    read = min(seconds(block.sum, device, now) for _ in range(5))
     return {"matmul_tflops": 2 * n**3 / product / 1e12, "read_gb_s": block.nbytes / read / 1e9}
 
 
@@ -75,10 +75,12 @@ class MemoryPeak:
     """The most memory that was taken inside a ``with`` beyond what was in use at its beginning.
 
     mb: in 2^20 bytes, of the GPU or else of the process; ``None`` where the system does not say (not Linux).
+    total_mb: the same with what was in use at its beginning.
     """
 
     def __init__(self, device: str) -> None:
         self.mb: float | None = None
+        self.total_mb: float | None = None
         self._gpu = device.startswith("cuda")
         self._start = 0.0
 
@@ -101,7 +103,8 @@ class MemoryPeak:
             peak: float | None = torch.cuda.max_memory_allocated() / 2**20
         else:
             peak = _status_mb("VmHWM")
-        self.mb = None if peak is None else round(max(0.0, peak - self._start), 1)
+        if peak is not None:
+            self.mb, self.total_mb = round(max(0.0, peak - self._start), 1), round(peak, 1)
 
 
 def _status_mb(name: str) -> float | None:

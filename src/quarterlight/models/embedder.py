@@ -89,19 +89,25 @@ class Work:
     """What an embedder has done since it was made; items that a call has seen before are not counted again.
 
     rows, tokens: items that went through the language model, and their tokens without padding.
+    batches: in how many passes.
+    rows_packed: items that did so in one sequence, without padding.
     rows_sharing, tokens_spared: those whose beginning was read for other rows too, and tokens not read for that reason.
     pictures, pictures_spared: those of the rows, and those of them that did not go through the vision tower because the
         call had seen the same a moment before.
     layers_compiled: how often a layer ran as ``torch.compile`` had made it.
+    pictures_ahead: files and pictures that other threads read and cut while the model computes.
     """
 
     rows: int = 0
     tokens: int = 0
+    batches: int = 0
+    rows_packed: int = 0
     rows_sharing: int = 0
     tokens_spared: int = 0
     pictures: int = 0
     pictures_spared: int = 0
     layers_compiled: int = 0
+    pictures_ahead: int = 0
 
 
 class Embedder:
@@ -470,6 +476,8 @@ class Embedder:
                 if key not in futures:
                     futures[key] = self._workers.submit(self._picture, source, job.max_tiles)
                 job.futures.append(futures[key])
+        if not isinstance(self._workers, _InPlace):
+            self.work.pictures_ahead += len(futures)
 
     def _picture(self, source: ImageSource, max_tiles: int) -> _Picture:
         tiles = self._formatter.cut(source, max_tiles)
@@ -560,6 +568,7 @@ class Embedder:
                         kept = [self._backbone.stored(config, next(rest), one.grid) for one in job.pictures]
                         tokens = torch.cat(kept)
                         shown[job.key] = tokens.to(torch.float16).cpu().numpy()
+        self.work.batches += 1
         self.work.rows += len(batch)
         self.work.tokens += sum(map(self._num_tokens, batch))
         if opening:
@@ -575,6 +584,7 @@ class Embedder:
             return embed_after(self.model, inputs, prefix).cpu().numpy()
         settings = self.settings
         compute = embed_packed if self.packed else embed
+        self.work.rows_packed += len(batch) * self.packed
         return compute(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
 
     def _see(self, pictures: Sequence[_Picture], seen: LastUsed) -> list[Tensor]:
