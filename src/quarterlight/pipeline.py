@@ -397,6 +397,7 @@ class _Pipeline:
             text_config=Qwen2Config(**recipe.text, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
             visual_token_compression=recipe.visual_token_compression,
+            vision_token_merging=recipe.vision_token_merging or 0.0,
         )
         processor = InternVLVTCProcessor(
             image_processor=InternVLVTCImageProcessor(size={"height": height, "width": width}),
@@ -801,7 +802,10 @@ class _Pipeline:
             return Embedder(self._before(stage))
         assert model.checkpoint is not None
         embedder = Embedder(
-            model.checkpoint, visual_token_compression=model.visual_token_compression, preset=model.preset
+            model.checkpoint,
+            visual_token_compression=model.visual_token_compression,
+            vision_token_merging=model.vision_token_merging,
+            preset=model.preset,
         )
         if (settings := self._settings(stage)) == embedder.settings:
             return embedder
@@ -829,6 +833,7 @@ class _Pipeline:
         model, processor = load_backbone(
             self._before(stage),
             visual_token_compression=self.recipe.model.visual_token_compression,
+            vision_token_merging=self.recipe.model.vision_token_merging,
             dtype=dtype,
             language_head=language_head,
             tower=released.tower if released else None,
