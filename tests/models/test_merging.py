@@ -307,9 +307,7 @@ def test_training_uses_it_and_moves_the_tower(merging_checkpoint: Path, picture:
     batch = formatter([*map(items_of, range(3))], "document")
     images = formatter([_item(picture(seed)) for seed in range(3)], "query")
     embedding = embed(images)
-    np.testing.assert_allclose(
-        embedding.detach(), items.encode_query([picture(seed) for seed in range(3)]), atol=1e-5
-    )
+    np.testing.assert_allclose(embedding.detach(), items.encode_query([picture(seed) for seed in range(3)]), atol=1e-5)
     info_nce(embedding, embed(batch), temperature=0.05).backward()
     assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in model.vision_tower.encoder.parameters())
 

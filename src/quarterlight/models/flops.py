@@ -26,7 +26,9 @@ def vision_flop(config: Any, tiles: float, picture_tiles: float | None = None) -
     ends = 2 * tiles * (tower.patches * tower.embedding + tower.outputs * tower.connector)
     if tower.seen:
         every = sum(2 * seen * tower.layer + 4 * seen**2 * tower.width for seen in tower.seen)
-        looking = sum(2 * (seen // 2) * ((seen - 1) // 2) * tower.width for seen in tower.seen[:-1])  # a half against the other
+        looking = sum(
+            2 * (seen // 2) * ((seen - 1) // 2) * tower.width for seen in tower.seen[:-1]
+        )  # a half against the other
         return tiles * (every + looking) + ends
     seen = float(tower.sequence) if tower.tiles_are_pictures else tower.sequence * (picture_tiles or tiles)
     whole = tower.num_layers if tower.whole_layers is None else tower.whole_layers

@@ -101,6 +101,7 @@ class InternVLVTCModel(InternVLModel):
     def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
         return super().pixel_shuffle(compress(vision_features, self.config.visual_token_compression), scale_factor)
 
+
 class InternVLVTCForConditionalGeneration(InternVLForConditionalGeneration):
     """The same with the language modelling head: for restoration (stage 1), judging and reranking."""
 
