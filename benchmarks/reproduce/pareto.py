@@ -2,11 +2,11 @@
 
     python benchmarks/reproduce/pareto.py --data DATASETS --out runs/reproduce
 
-Rows are s = 1, 2, 4 without merging, and s = 2 with two shares of the patches merged inside the vision tower.  Each is
-the bundled nano, measured as it is with that setting, and after the same short training of all its weights with it; as
-nano was made with s = 2, the trained row of s = 2 without merging says what the training alone does.  Quality is the mean
-P@1 of some tasks of the suite mini (``TASKS``), on a sample of their test queries, in whole pools.  Cost is the time and
-the operations of embedding a picture: all settings take turns in one process.
+Rows are s = 1, 2, 4 without merging, and s = 2 with two shares of the patches merged inside the vision tower.  Each
+is the bundled nano, measured as it is with that setting, and after the same short training of all its weights with it;
+as nano was made with s = 2, the trained row of s = 2 without merging says what the training alone does.  Quality is the
+mean P@1 of some tasks of the suite mini (``TASKS``), on a sample of their test queries, in whole pools.  Cost is the
+time and the operations of embedding a picture: all settings take turns in one process.
 
 Whatever is finished is kept in ``--out`` and not done again; a stopped training goes on.
 """

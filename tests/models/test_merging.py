@@ -24,7 +24,9 @@ from quarterlight.models.flops import vision_flop
 from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc import InternVLVTCConfig, InternVLVTCModel
 from quarterlight.models.merging import Merged, lengths, merges, most_similar, turning_order
+from quarterlight.records import Item
 from quarterlight.training.contrast import PromptEmbedder
+from quarterlight.training.optimizer import recompute_activations
 
 MakePicture = Callable[..., Image.Image]
 
@@ -240,7 +242,7 @@ def test_recomputed_activations_give_the_same_gradient(tiny_values: dict[str, An
         model = model_of(deep(tiny_values), 0.5).train()
         model.set_attn_implementation(attention)
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         see(model, pixels()).square().sum().backward()
         gradients.append(model.vision_tower.encoder.layer[1].mlp.fc1.weight.grad)
     torch.testing.assert_close(*gradients)
@@ -301,27 +303,13 @@ def test_sentence_transformers_opens_it(merging_checkpoint: Path, picture: MakeP
 
 def test_training_uses_it_and_moves_the_tower(merging_checkpoint: Path, picture: MakePicture) -> None:
     model, processor = load_backbone(merging_checkpoint)
-    embed = PromptEmbedder(model.train())
-    formatter = InputFormatter(processor, load_settings(merging_checkpoint))
-    items = Embedder(merging_checkpoint, dtype=torch.float32, device="cpu")
-    batch = formatter([*map(items_of, range(3))], "document")
-    images = formatter([_item(picture(seed)) for seed in range(3)], "query")
-    embedding = embed(images)
-    np.testing.assert_allclose(embedding.detach(), items.encode_query([picture(seed) for seed in range(3)]), atol=1e-5)
-    info_nce(embedding, embed(batch), temperature=0.05).backward()
+    embed, formatter = PromptEmbedder(model.train()), InputFormatter(processor, load_settings(merging_checkpoint))
+    images, texts = [picture(seed) for seed in range(3)], [Item(text=f"number {number}") for number in range(3)]
+    query_QD = embed(formatter([Item(image=one) for one in images], "query"))
+    served = Embedder(merging_checkpoint, dtype=torch.float32, device="cpu").encode_query(images)
+    np.testing.assert_allclose(query_QD.detach(), served, atol=1e-5)
+    info_nce(query_QD, embed(formatter(texts, "document")), temperature=0.05).backward()
     assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in model.vision_tower.encoder.parameters())
-
-
-def _item(image: Image.Image) -> Any:
-    from quarterlight.records import Item
-
-    return Item(image=image)
-
-
-def items_of(number: int) -> Any:
-    from quarterlight.records import Item
-
-    return Item(text=f"number {number}")
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])

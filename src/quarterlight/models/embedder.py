@@ -131,8 +131,8 @@ class Embedder:
         model: a bundled name, a folder or a hub id.
         device: ``None`` takes a GPU if there is one.  dtype: ``None`` takes :func:`best_dtype`.
         visual_token_compression: replaces the s that the checkpoint was saved with.
-        vision_token_merging: share of the patches that are merged inside the vision tower, in place of the checkpoint's;
-            0 for none.  See :mod:`quarterlight.models.merging`; of InternVL only.
+        vision_token_merging: replaces the saved share of the patches that are merged inside the vision tower, 0 for
+            none; see :mod:`quarterlight.models.merging`.  For InternVL only.
         truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
         tokens_per_batch: visual and text tokens, padding included, that go through the language model at once;
             ``None`` takes :func:`best_tokens_per_batch`.

@@ -1,14 +1,16 @@
 """Fewer hidden states inside a vision tower, without a single new parameter: patches that are alike become one.
 
-After a layer, patches are dealt out in two halves; each of the first half finds the most similar one of the second, and
-the most similar pairs become their mean, weighted by how many patches each of the two already stands for (Bolya et al.,
-Token Merging, arXiv:2210.09461, section 3).  That is for classification, where merged tokens stay merged.  Here a grid of
-patches must come out again, so two things are different.  At the end every patch is given its place back; it has what
-the layers did to the token it was merged into *added to what it was itself*, since a layer's output is its input plus
-something.  And halves are dealt out in rows that turn at the end, first left to right, then right to left, so that all
-neighbours of a patch are in the other half.
+After a layer, patches are dealt out into two halves; each of the first half finds the most similar one of the second,
+and the most similar pairs become their mean, weighted by how many patches each of the two already stands for (Token
+Merging, arXiv:2210.09461, section 3).  That is for classification, where what is merged stays merged.  Here a grid of
+patches must come out again, so two things are different.  At the end every patch is given its place back, and is what
+it was itself plus *what the layers added* to the token that it was merged into: a layer's output is its input plus
+something, so that only the something is shared.  And halves are dealt out along rows that turn at their ends, first
+left to right, then right to left, so that at first all neighbours of a patch are in the other half.
 
-T tiles; N patches, M of them left; C columns.
+The choice of pairs is discrete: where two pairs are equally similar up to rounding, rounding decides which is merged.
+
+T tiles; N patches, M of them left, A and B in the two halves; R leave, K stay; C columns.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 
 MERGING = "vision_token_merging"
 """Name of the setting in the configuration of a model."""
@@ -77,7 +78,7 @@ class Merged:
 
         The choice has no gradient, the mean has.  Raises ValueError when there are too few.
         """
-        T, M, C = self.hidden_TMC.shape
+        M, C = self.hidden_TMC.shape[1:]
         if not 0 <= count <= M // 2:
             raise ValueError(f"From 0 to {M // 2} of {M} hidden states can be merged at once, got {count}.")
         if not count:

@@ -17,8 +17,8 @@ class InternVLVTCConfig(InternVLConfig):
 
     ``image_seq_length``, the number of tokens a tile costs, follows from the tower's patch grid, the pixel shuffle and
     s, whatever a file says: 256 for 448 px tiles at s = 1, 64 at s = 2, 16 at s = 4.
-    ``vision_token_merging``: share of a tile's patches that are merged with similar ones by the time of the tower's last
-    layer, see :mod:`quarterlight.models.merging`; the number of visual tokens stays the same.  0 merges none.
+    ``vision_token_merging``: share of a tile's patches that are merged with similar ones before the tower's last layer,
+    see :mod:`quarterlight.models.merging`; the number of visual tokens stays the same.  0 merges none.
     ``masked_instruction``: see :mod:`quarterlight.models.masked_instruction`.
     Raises ValueError when the patch grid is not square or cannot be divided by the pixel shuffle times s, or when the
     tower cannot merge so much.

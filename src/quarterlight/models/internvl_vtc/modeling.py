@@ -47,8 +47,8 @@ class InternVLVisionLayer(modeling_internvl.InternVLVisionLayer):
 class InternVLVTCVisionEncoder(InternVLVisionEncoder):
     """The layers of the vision tower, between which similar patches are merged; the CLS token never is.
 
-    A hidden state that stands for n patches counts n times in every attention: log n is added to its scores ("proportional
-    attention", arXiv:2210.09461, eq. 1), so that merging patches that are equal changes nothing but rounding.
+    A hidden state that stands for n patches counts n times in every attention: log n is added to its scores
+    ("proportional attention", arXiv:2210.09461, section 3), so that merging equal patches changes nothing but rounding.
     """
 
     merging: float = 0.0
