@@ -17,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from quarterlight.pipeline import run
 from quarterlight.recipe import Recipe, parse
 from quarterlight.records import Item
 
-TASKS = {"emoji": ("i2t", "i2i"), "icons_mdi": ("i2t",), "easy_vqa": ("it2t",)}
+TASKS = {"emoji": ("i2t",), "icons_mdi": ("i2t",), "easy_vqa": ("it2t",)}
 """Trained and measured on: queries are pictures, and nano is far above chance."""
 
 
@@ -59,6 +59,7 @@ class Setting:
 
 SETTINGS = (Setting(s=1), Setting(s=2), Setting(s=2, merging=0.5), Setting(s=2, merging=0.75), Setting(s=4))
 CONTROL = SETTINGS[1]
+AS_IT_IS, TRAINED = "as_it_is", "trained"
 
 
 def recipe(arguments: argparse.Namespace, setting: Setting) -> Recipe:
@@ -90,21 +91,26 @@ def recipe(arguments: argparse.Namespace, setting: Setting) -> Recipe:
     return parse(Recipe, values, where=setting.id)
 
 
-def score(embedder: Embedder, arguments: argparse.Namespace, file: Path) -> dict[str, float]:
-    """P@1 by ``dataset/task``, and their ``mean``; kept in a file."""
+def precision(embedder: Embedder, arguments: argparse.Namespace) -> dict[str, float]:
+    """P@1 by ``dataset/task``, and their ``mean``."""
+    values = {}
+    evaluator = RetrievalEvaluator(embedder, group_by=())
+    for name, tasks in TASKS.items():
+        dataset = RetrievalDataset(arguments.data / name)
+        for task in tasks:
+            result = evaluator.evaluate(sample_queries(dataset.load(task, "test"), arguments.queries))
+            values[f"{name}/{task}"] = result.scores.metrics["precision@1"]
+    return {**values, "mean": statistics.mean(values.values())}
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file says, which is made if it is not there."""
     if not file.is_file():
-        values = {}
-        evaluator = RetrievalEvaluator(embedder, group_by=())
-        for name, tasks in TASKS.items():
-            dataset = RetrievalDataset(arguments.data / name)
-            for task in tasks:
-                result = evaluator.evaluate(sample_queries(dataset.load(task, "test"), arguments.queries))
-                values[f"{name}/{task}"] = result.scores.metrics["precision@1"]
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps({**values, "mean": statistics.mean(values.values())}, indent=1))
+        draft.write_text(json.dumps(make(), indent=1))
         draft.replace(file)
-    found: dict[str, float] = json.loads(file.read_text())
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 
@@ -145,23 +151,34 @@ def costs(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     arguments = common.arguments(
-        __doc__, trunk=False, steps=24, batch=32, rate=2e-4, queries=300, pictures=64, rounds=6
+        __doc__, trunk=False, steps=12, batch=32, rate=2e-4, queries=200, pictures=64, rounds=6
     )
     root = arguments.out / "pareto"
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    # the rows that are compared most closely first
-    for setting in sorted(SETTINGS, key=lambda one: (one.s != CONTROL.s, one.merging)):
-        folder = root / setting.id
-        scores[setting.id] = {"as it is": score(setting.open("nano"), arguments, folder / "as_it_is.json")}
-        model = run(recipe(arguments, setting), arguments.data, folder, report=print)
-        scores[setting.id]["trained"] = score(setting.open(model), arguments, folder / "trained.json")
-        print(setting.name, {state: round(one["mean"], 3) for state, one in scores[setting.id].items()}, flush=True)
-    cost = costs(arguments)
+    cost = kept(root / "cost.json", lambda: costs(arguments))
+    scores: dict[str, dict[str, dict[str, float]]] = {one.id: {} for one in SETTINGS}
+    # what is compared most closely first, so that a run that is stopped has something to say
+    order = sorted(SETTINGS, key=lambda one: (one.s != CONTROL.s, one.merging))
+    for one in order:
+        file = root / one.id / f"{AS_IT_IS}.json"
+        scores[one.id][AS_IT_IS] = kept(file, lambda one=one: precision(one.open("nano"), arguments))
+        write(scores, cost, arguments)
+    for one in order:
+        model = run(recipe(arguments, one), arguments.data, root / one.id, report=print)
+        file = root / one.id / f"{TRAINED}.json"
+        scores[one.id][TRAINED] = kept(file, lambda one=one, model=model: precision(one.open(model), arguments))
+        write(scores, cost, arguments)
+
+
+def write(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    cost: Mapping[str, Mapping[str, Any]],
+    arguments: argparse.Namespace,
+) -> None:
+    """The results so far."""
+    names = ("steps", "batch", "rate", "queries", "pictures", "rounds")
     record = {
         "benchmark": "pareto",
-        "settings": {
-            name: getattr(arguments, name) for name in ("steps", "batch", "rate", "queries", "pictures", "rounds")
-        },
+        "settings": {name: getattr(arguments, name) for name in names},
         "rows": {
             one.id: {"s": one.s, "merging": one.merging, "p@1": scores[one.id], "cost": cost[one.id]}
             for one in SETTINGS
@@ -190,14 +207,16 @@ def table(
             f"{price['tower_mflop']:.0f}",
             f"{price['cpu_ms']['median']:.2f}",
             f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})",
-            f"{found['as it is']['mean']:.3f}",
-            f"{found['trained']['mean']:.3f}",
-            *(f"{found['trained'][task]:.3f}" for task in tasks),
+            *(f"{found[state]['mean']:.3f}" if state in found else "–" for state in (AS_IT_IS, TRAINED)),
+            *(
+                " / ".join(f"{found[state][task]:.3f}" for state in (AS_IT_IS, TRAINED) if state in found)
+                for task in tasks
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     note = (
         f"P@1 is the mean of {len(tasks)} tasks, {arguments.queries} test queries of each at most; one seed. The last "
-        "columns are after training. ms is processor time of one picture in memory, of a batch of "
+        "columns are as it is / after training, a dash stands for what has not been run. ms is processor time of one picture in memory, of a batch of "
         f"{arguments.pictures}, median of {arguments.rounds} rounds in which all settings take turns."
     )
     return "\n".join([*lines, "", note])
@@ -208,12 +227,13 @@ def draw(
 ) -> None:
     """P@1 by milliseconds: hollow as it is, filled after training."""
     for index, one in enumerate(SETTINGS):
-        ms, found = cost[one.id]["cpu_ms"]["median"], scores[one.id]
-        before, after = found["as it is"]["mean"], found["trained"]["mean"]
-        marker = "s" if one.merging else "o"
-        axes.plot([ms, ms], [before, after], "-", color=f"C{index}", linewidth=1)
-        axes.plot([ms], [before], marker, color=f"C{index}", fillstyle="none")
-        axes.plot([ms], [after], marker, color=f"C{index}", label=one.name)
+        ms, marker = cost[one.id]["cpu_ms"]["median"], "s" if one.merging else "o"
+        means = {state: found["mean"] for state, found in scores[one.id].items()}
+        axes.plot([ms] * len(means), list(means.values()), "-", color=f"C{index}", linewidth=1)
+        for state, fill in {AS_IT_IS: "none", TRAINED: "full"}.items():
+            if state in means:
+                axes.plot([ms], [means[state]], marker, color=f"C{index}", fillstyle=fill)
+        axes.plot([], [], marker, color=f"C{index}", label=one.name)
     axes.set(
         xlabel="processor time of a picture, ms", ylabel="mean P@1", title="nano: as it is (hollow), trained (filled)"
     )
