@@ -59,7 +59,7 @@ class Setting:
 
 SETTINGS = (Setting(s=1), Setting(s=2), Setting(s=2, merging=0.5), Setting(s=2, merging=0.75), Setting(s=4))
 CONTROL = SETTINGS[1]
-AS_IT_IS, TRAINED = "as_it_is", "trained"
+STATES = AS_IT_IS, TRAINED = "as_it_is", "trained"
 
 
 def recipe(arguments: argparse.Namespace, setting: Setting) -> Recipe:
@@ -207,17 +207,15 @@ def table(
             f"{price['tower_mflop']:.0f}",
             f"{price['cpu_ms']['median']:.2f}",
             f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})",
-            *(f"{found[state]['mean']:.3f}" if state in found else "–" for state in (AS_IT_IS, TRAINED)),
-            *(
-                " / ".join(f"{found[state][task]:.3f}" for state in (AS_IT_IS, TRAINED) if state in found)
-                for task in tasks
-            ),
+            *(f"{found[state]['mean']:.3f}" if state in found else "–" for state in STATES),
+            *(" / ".join(f"{found[state][task]:.3f}" for state in STATES if state in found) for task in tasks),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     note = (
         f"P@1 is the mean of {len(tasks)} tasks, {arguments.queries} test queries of each at most; one seed. The last "
-        "columns are as it is / after training, a dash stands for what has not been run. ms is processor time of one picture in memory, of a batch of "
-        f"{arguments.pictures}, median of {arguments.rounds} rounds in which all settings take turns."
+        "columns are as it is / after training, a dash stands for what has not been run. ms is processor time of one "
+        f"picture in memory, of a batch of {arguments.pictures}, median of {arguments.rounds} rounds in which all "
+        "settings take turns."
     )
     return "\n".join([*lines, "", note])
 

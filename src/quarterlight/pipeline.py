@@ -50,6 +50,7 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
+from quarterlight.models.merging import MERGING
 from quarterlight.models.pair import same_eyes, save_pair
 from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.processor import VTCProcessor
@@ -201,7 +202,11 @@ class _Pipeline:
         What does not change it (how often to save, log and validate, how many workers) is left out.  A stage that is
         read counts as what lies in its folder, or as what this recipe would put there.
         """
-        model = {name: value for name, value in asdict(self.recipe.model).items() if (name, value) != ("preset", None)}
+        model = {
+            name: value
+            for name, value in asdict(self.recipe.model).items()
+            if value is not None or name not in ("preset", MERGING)
+        }
         for name, value in _UNSAID.items():
             model[name] = value if model[name] is None else model[name]
         settings: dict[str, Any] = {"seed": self.recipe.seed, "model": model}
