@@ -189,7 +189,7 @@ def plan(recipe: Recipe, data: Path | None, devices: int | None, device: str) ->
     planner = _Planner(recipe, data, recipe.devices if devices is None else devices, find_device(device))
     stages = [planner.stage(name) for name in recipe.stages]
     shape = _shape(recipe.model.checkpoint)
-    if shape not in ("2B", "8B"):
+    if shape not in ("2B", "8B") or recipe.model.vision_token_merging:  # the paper merges nothing in the tower
         return stages
     hours = PAPER_HOURS.get((shape, recipe.model.visual_token_compression))
     return [
