@@ -117,7 +117,7 @@ def test_merging_in_the_tower_is_less_work() -> None:
         return found
 
     for checkpoint in (None, "OpenGVLab/InternVL3-2B-hf"):
-        assert 0.5 < work(checkpoint, 0.5) / work(checkpoint, None) < 0.9
+        assert 0.5 < work(checkpoint, 0.5) / work(checkpoint, None) < 0.95  # most of the rest is the language model
         assert work(checkpoint, 0.0) == work(checkpoint, None)
 
 
