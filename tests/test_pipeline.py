@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from quarterlight import pipeline
 from quarterlight.errors import DatasetError, RecipeError
-from quarterlight.models.checkpoint import load_temperature
+from quarterlight.models.checkpoint import load_config, load_temperature
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.pair import load_pair, same_eyes
 from quarterlight.models.reranker import Reranker, has_reranker
@@ -343,6 +343,19 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run(recipe(), DATA, tmp_path, last="teacher", report=lambda _: None)
     monkeypatch.undo()
     assert run(recipe(), DATA, tmp_path, last="teacher", report=lambda _: None) == tmp_path / "teacher"
+
+
+def test_merging_in_the_tower_is_a_setting_of_the_model(tmp_path: Path) -> None:
+    def with_merging(share: float | None) -> Recipe:
+        return recipe(model=values()["model"] | {"vision_token_merging": share})
+
+    folder = run(with_merging(0.25), DATA, tmp_path / "run", last="start", report=lambda _: None)
+    assert load_config(folder).vision_token_merging == 0.25
+    told, other, untold = (
+        _Pipeline(with_merging(one), DATA, tmp_path).fingerprint("start") for one in (0.25, 0.5, None)
+    )
+    assert len({told, other, untold}) == 3
+    assert untold == _Pipeline(recipe(), DATA, tmp_path).fingerprint("start")
 
 
 def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_work_is_what_pytorch_counts(task: str, lora: dict[str, Any] | None, che
     assert of_one_side + half == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
+def test_merging_in_the_tower_is_less_work() -> None:
+    def work(checkpoint: str | None, merging: float | None) -> float:
+        model = {"vision_token_merging": merging}
+        made = {"checkpoint": checkpoint} if checkpoint else {"vision": VISION, "text": TEXT, "vocab_size": 500}
+        found = stage(make(model={**model, **made}, mixture=[{"dataset": "d", "task": "i2i", "samples": 1000}])).flop
+        assert found
+        return found
+
+    for checkpoint in (None, "OpenGVLab/InternVL3-2B-hf"):
+        assert 0.5 < work(checkpoint, 0.5) / work(checkpoint, None) < 0.95  # most of the rest is the language model
+        assert work(checkpoint, 0.0) == work(checkpoint, None)
+
+
 def test_a_batch_in_chunks_is_computed_once_more() -> None:
     whole, chunked = (
         stage(make(warmup={"loss": {"batch_size": 10, "chunk_tokens": limit}, "lora": {}})) for limit in (1000, 999)

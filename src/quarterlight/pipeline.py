@@ -50,6 +50,7 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.internvl_vtc.modeling import InternVLVTCModel
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor, InternVLVTCProcessor
+from quarterlight.models.merging import MERGING
 from quarterlight.models.pair import same_eyes, save_pair
 from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.processor import VTCProcessor
@@ -211,7 +212,11 @@ class _Pipeline:
         What does not change it (how often to save, log and validate, how many workers) is left out.  A stage that is
         read counts as what lies in its folder, or as what this recipe would put there.
         """
-        model = {name: value for name, value in asdict(self.recipe.model).items() if (name, value) != ("preset", None)}
+        model = {
+            name: value
+            for name, value in asdict(self.recipe.model).items()
+            if value is not None or name not in ("preset", MERGING)
+        }
         for name, value in _UNSAID.items():
             model[name] = value if model[name] is None else model[name]
         settings: dict[str, Any] = {"seed": self.recipe.seed, "model": model}
@@ -409,6 +414,7 @@ class _Pipeline:
             text_config=Qwen2Config(**recipe.text, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
             visual_token_compression=recipe.visual_token_compression,
+            vision_token_merging=recipe.vision_token_merging or 0.0,
         )
         processor = InternVLVTCProcessor(
             image_processor=InternVLVTCImageProcessor(size={"height": height, "width": width}),
@@ -813,7 +819,10 @@ class _Pipeline:
             return Embedder(self._before(stage))
         assert model.checkpoint is not None
         embedder = Embedder(
-            model.checkpoint, visual_token_compression=model.visual_token_compression, preset=model.preset
+            model.checkpoint,
+            visual_token_compression=model.visual_token_compression,
+            vision_token_merging=model.vision_token_merging,
+            preset=model.preset,
         )
         if (settings := self._settings(stage)) == embedder.settings:
             return embedder
@@ -841,6 +850,7 @@ class _Pipeline:
         model, processor = load_backbone(
             self._before(stage),
             visual_token_compression=self.recipe.model.visual_token_compression,
+            vision_token_merging=self.recipe.model.vision_token_merging,
             dtype=dtype,
             language_head=language_head,
             tower=released.tower if released else None,

@@ -39,6 +39,7 @@ from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import load_config, load_settings, resolve_checkpoint
 from quarterlight.models.flops import attention_flop, key_value_columns, text_flop, vision_flop
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
+from quarterlight.models.merging import MERGING
 from quarterlight.models.presets import Preset, preset_of
 from quarterlight.models.settings import MAX_PIXELS, TEXT_MAX_TOKENS
 from quarterlight.models.shapes import QWEN_SHAPES, SHAPES, shape_config
@@ -196,7 +197,7 @@ def plan(recipe: Recipe, data: Path | None, devices: int | None, device: str) ->
     planner = _Planner(recipe, data, recipe.devices if devices is None else devices, find_device(device))
     stages = [planner.stage(name) for name in recipe.stages]
     shape = _shape(recipe.model.checkpoint)
-    if shape not in ("2B", "8B"):
+    if shape not in ("2B", "8B") or recipe.model.vision_token_merging:  # the paper merges nothing in the tower
         return stages
     hours = PAPER_HOURS.get((shape, recipe.model.visual_token_compression))
     return [
@@ -629,12 +630,18 @@ def _config(recipe: Recipe) -> Any:
             vision_config=InternVLVisionConfig(**model.vision),
             text_config=Qwen2Config(**model.text, vocab_size=model.vocab_size),
             visual_token_compression=model.visual_token_compression,
+            vision_token_merging=model.vision_token_merging or 0.0,
         )
     if (shape := _shape(model.checkpoint)) is not None:
-        return shape_config(shape, visual_token_compression=model.visual_token_compression)
+        config = shape_config(shape, visual_token_compression=model.visual_token_compression)
+        if model.vision_token_merging is None:
+            return config
+        return type(config).from_dict(config.to_dict() | {MERGING: model.vision_token_merging})
     released = _released(recipe)
     tower = released.tower if released else None
-    return load_config(resolve_checkpoint(model.checkpoint), model.visual_token_compression, tower)
+    return load_config(
+        resolve_checkpoint(model.checkpoint), model.visual_token_compression, tower, model.vision_token_merging
+    )
 
 
 def _released(recipe: Recipe) -> Preset | None:

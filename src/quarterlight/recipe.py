@@ -176,6 +176,9 @@ class ModelRecipe:
     """entries of the tokenizer, which is trained on the texts of the mixture"""
     visual_token_compression: int = 2
     """s of the paper"""
+    vision_token_merging: float | None = None
+    """for InternVL: share of the patches that are merged inside the vision tower; without it, as in the checkpoint (a
+    new one: 0)"""
     preset: str | None = None
     """for weights that others released, what their folder leaves out: a name of ``quarterlight.models.presets``;
     without it, the one of the checkpoint's name, if there is one"""

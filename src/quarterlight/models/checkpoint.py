@@ -56,6 +56,7 @@ from quarterlight.models.backbones import FAMILIES, backbone_named, backbone_of,
 from quarterlight.models.backbones.backbone import Backbone
 from quarterlight.models.inputs import check_markers
 from quarterlight.models.masked_instruction import MASKED_INSTRUCTION
+from quarterlight.models.merging import MERGING
 from quarterlight.models.pooling import Attention, PoolingMode
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.quantized import Quantization, named_tensors, quantization_of, quantize
@@ -132,12 +133,16 @@ def _download(hub_id: str) -> Path:
 
 
 def load_config(
-    folder: Path, visual_token_compression: int | None = None, tower: Mapping[str, Any] | None = None
+    folder: Path,
+    visual_token_compression: int | None = None,
+    tower: Mapping[str, Any] | None = None,
+    vision_token_merging: float | None = None,
 ) -> Any:
     """The configuration, with compression, of a folder of a known family, with s replaced if one is given.
 
     tower: settings of the vision tower that replace those of the folder.
-    Raises CheckpointError for another kind of model or an impossible s.
+    vision_token_merging: replaces the saved one.
+    Raises CheckpointError for another kind of model, an impossible s, or merging where the family has none.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -151,6 +156,8 @@ def load_config(
     values.pop("model_type")
     if visual_token_compression is not None:
         values["visual_token_compression"] = visual_token_compression
+    if vision_token_merging is not None:
+        values[MERGING] = vision_token_merging
     if tower:
         values["vision_config"] = values["vision_config"] | dict(tower)
     family = FAMILIES[model_type]
@@ -164,6 +171,7 @@ def load_backbone(
     folder: str | os.PathLike[str],
     *,
     visual_token_compression: int | None = None,
+    vision_token_merging: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     language_head: bool = False,
@@ -175,6 +183,7 @@ def load_backbone(
 
     Plain folders (``InternVL3-*-hf``, ``Qwen2-VL-*``, ...) load as well as our own: compression has no weights.
     visual_token_compression: replaces the saved s.
+    vision_token_merging: replaces the saved share of patches that are merged in the vision tower.
     language_head: adds the head that writes words.  It belongs to the weights without a kept adapter of an embedder,
         so that one is left out; without a head, and in a reranker, it is merged.  Words are written one after the
         other, so attention is causal and nothing is masked, whatever the folder says of its embeddings.
@@ -185,7 +194,7 @@ def load_backbone(
     Raises CheckpointError when the folder is of another kind, or lacks weights that the model needs.
     """
     folder = resolve_checkpoint(folder)
-    config = load_config(folder, visual_token_compression, tower)
+    config = load_config(folder, visual_token_compression, tower, vision_token_merging)
     if language_head:
         _say(config, causal=True, masked=None)
     family = family_of(config)
@@ -523,6 +532,7 @@ def _describe(
         "kind": kind,
         "dimension": config.text_config.hidden_size,
         "visual_token_compression": config.visual_token_compression,
+        **what_merges(config),
         "tokens_per_tile": _whole(backbone_of(config).tokens_per_tile(config)),
         "settings": settings.to_dict(),
         "templates": dict(templates),
@@ -695,10 +705,18 @@ def vision_hash(folder: Path | None, model: Any, processor: VTCProcessor) -> str
         "image_processor": backbone.picture_settings(processor.image_processor),
         "connector": {name: getattr(config, name, None) for name in backbone.connector_settings},
         "vision_config": {name: getattr(config.vision_config, name, None) for name in backbone.tower_settings},
+        **what_merges(config),
     }
     if (quantization := quantization_of(model)) is not None:
         recipe["quantization"] = quantization
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def what_merges(config: Any) -> dict[str, float]:
+    """For hashes: the share of patches that are merged in the vision tower, where there is one, so that the hash of a
+    model that merges none stays what it was."""
+    share = getattr(config, MERGING, 0)
+    return {MERGING: float(share)} if share else {}
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -32,6 +32,7 @@ from quarterlight.models.checkpoint import (
     saved_tensors,
     vision_hash,
     weights_hash,
+    what_merges,
 )
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.packed import embed_packed
@@ -131,6 +132,7 @@ class Embedder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         visual_token_compression: int | None = None,
+        vision_token_merging: float | None = None,
         truncate_dim: int | None = None,
         tokens_per_batch: int | None = None,
         num_workers: int = 2,
@@ -145,6 +147,8 @@ class Embedder:
         model: a bundled name, a folder or a hub id.
         device: ``None`` takes a GPU if there is one.  dtype: ``None`` takes :func:`best_dtype`.
         visual_token_compression: replaces the s that the checkpoint was saved with.
+        vision_token_merging: replaces the saved share of the patches that are merged inside the vision tower, 0 for
+            none; see :mod:`quarterlight.models.merging`.  For InternVL only.
         truncate_dim: embeddings keep so many leading columns and are normalised again; for Matryoshka-trained models.
         tokens_per_batch: visual and text tokens, padding included, that go through the language model at once;
             ``None`` takes :func:`best_tokens_per_batch`.
@@ -175,6 +179,7 @@ class Embedder:
         backbone, processor = load_backbone(
             folder,
             visual_token_compression=visual_token_compression,
+            vision_token_merging=vision_token_merging,
             dtype=dtype or best_dtype(place),
             device=place,
             tower=released.tower if released else None,
@@ -291,6 +296,7 @@ class Embedder:
             "image_processor": self._backbone.picture_settings(self.processor.image_processor),
             "visual_token_compression": self.model.config.visual_token_compression,
             "truncate_dim": self._truncate_dim,
+            **what_merges(self.model.config),
         }
         if self._folder and (adapter := saved_adapter(self._folder)):
             recipe["adapter"] = adapter

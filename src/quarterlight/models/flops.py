@@ -17,18 +17,26 @@ def vision_weights(config: Any) -> int:
 
 
 def vision_flop(config: Any, tiles: float, picture_tiles: float | None = None) -> float:
-    """Of tower and connector, for so many tiles. Compression, between them or behind, costs nothing to speak of.
+    """Of tower and connector, for so many tiles. Compression, between them or behind, costs nothing to speak of; what
+    looking for similar patches costs, where these are merged in the tower, is counted.
 
     picture_tiles: those of one picture, where they see each other; ``None`` for all of them.
     """
     tower = backbone_of(config).tower(config)
+    ends = 2 * tiles * (tower.patches * tower.embedding + tower.outputs * tower.connector)
+    if tower.seen:
+        every = sum(2 * seen * tower.layer + 4 * seen**2 * tower.width for seen in tower.seen)
+        looking = sum(
+            2 * (seen // 2) * ((seen - 1) // 2) * tower.width for seen in tower.seen[:-1]
+        )  # a half against the other
+        return tiles * (every + looking) + ends
     seen = float(tower.sequence) if tower.tiles_are_pictures else tower.sequence * (picture_tiles or tiles)
     whole = tower.num_layers if tower.whole_layers is None else tower.whole_layers
     windowed = (tower.num_layers - whole) * min(seen, tower.window or seen)
     sequence = tiles * tower.sequence
     attention = 4 * sequence * (whole * seen + windowed) * tower.width
     layers = 2 * sequence * tower.num_layers * tower.layer + attention
-    return layers + 2 * tiles * (tower.patches * tower.embedding + tower.outputs * tower.connector)
+    return layers + ends
 
 
 def tower_tokens(config: Any) -> int:

@@ -28,6 +28,7 @@ class Tower:
     window: patches that a patch sees in the layers that do not see the whole picture; ``None`` where all layers do.
     whole_layers: how many see all of it.
     tiles_are_pictures: whether tiles see nothing of each other.
+    seen: hidden states of a tile that each layer is given, where these get fewer; empty where all have ``sequence``.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Tower:
     window: int | None = None
     whole_layers: int | None = None
     tiles_are_pictures: bool = False
+    seen: tuple[int, ...] = ()
 
 
 class Backbone(ABC):

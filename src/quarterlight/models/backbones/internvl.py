@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quarterlight.models.backbones.backbone import Backbone, Tower
 from quarterlight.models.internvl_vtc.processing import InternVLVTCImageProcessor
+from quarterlight.models.merging import lengths, merges
 from quarterlight.models.tiles import Grid, num_tiles
 
 
@@ -52,6 +53,7 @@ class InternVL(Backbone):
     def tower(self, config: Any) -> Tower:
         vision = config.vision_config
         d, text, patches = vision.hidden_size, config.text_config.hidden_size, self.patches(config)
+        merged = merges(patches, vision.num_hidden_layers, config.vision_token_merging)
         return Tower(
             width=d,
             mlp=vision.intermediate_size,
@@ -63,6 +65,7 @@ class InternVL(Backbone):
             connector=4 * d * text + text * text,  # behind the pixel shuffle, which puts four patches side by side
             outputs=config.image_seq_length,
             tiles_are_pictures=True,
+            seen=tuple(1 + left for left in lengths(patches, merged)) if any(merged) else (),
         )
 
     def most_tiles(self, config: Any, max_tiles: int, max_pixels: int) -> int:

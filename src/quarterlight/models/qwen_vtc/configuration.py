@@ -9,6 +9,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
+from quarterlight.models.merging import MERGING
 from quarterlight.models.positions import Positions
 
 FACTORS = (1, 2)
@@ -18,6 +19,11 @@ FACTORS = (1, 2)
 def _check(config: Any) -> None:
     if config.visual_token_compression not in FACTORS:
         raise ValueError(f"visual_token_compression must be one of {FACTORS}, got {config.visual_token_compression}.")
+    if getattr(config, MERGING, 0):
+        raise ValueError(
+            f"{MERGING} is for InternVL, whose tiles all have the same number of patches: a Qwen-VL cannot merge them "
+            f"in its tower yet, got {getattr(config, MERGING)}. Leave it out, or at 0."
+        )
     if config.positions not in list(Positions):
         raise ValueError(f"positions must be one of {[*map(str, Positions)]}, got {config.positions!r}.")
 
