@@ -57,9 +57,36 @@ def test_picture_place_and_page(here: Path) -> None:
     code, out, err = run("--image", "files/green.png", "--in", "files/green.png", "--html", "found.html")
     assert code == 0 and "1.000" in out and "Wrote found.html." in err
     assert "data:image/webp;base64," in (here / "found.html").read_text()
-    assert "Nothing was found" in run("red", "--in", "elsewhere")[2]
-    code, _, err = run("red", "--html", "missing/found.html")
-    assert code == 1 and "missing/found.html cannot be written: No such file or directory." in err
+    assert "Nothing was found" in run("red", "--in", "files/green.png", "--type", "page")[2]
+
+
+def test_what_is_wrong_is_told_before_a_model_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", None)
+    for arguments, told in (
+        (("red", "--html", "missing/found.html"), f"missing/found.html cannot be written: there is no folder {here}/"),
+        (("red", "--html", "files"), "files cannot be written: it is a folder."),
+        (("red", "--in", "elsewhere"), "The index in .quarterlight has nothing of elsewhere: --in takes a file"),
+        (("red", "--store", "elsewhere"), "There is no index in elsewhere. Make one with `quarterlight index FOLDER"),
+        (("--image", "missing.png"), "Error: missing.png cannot be read: No such file or directory."),
+        (("--image", "https://example.com/a.jpg"), "Error: https://example.com/a.jpg is an address, and pictures are"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (1, "") and told in err
+
+
+def test_words_that_name_a_picture() -> None:
+    code, _, err = run("files/green.png", "--top-k", "1")
+    assert code == 0 and "files/green.png is taken as words; to look for a picture, give --image and its name." in err
+    assert "https://a.b/c.png is taken as words" in run("https://a.b/c.png")[2]
+    for words in ("a/b", "files/notes.txt", "x" * 5000, "nul \0"):
+        assert run(words)[2] == ""
+
+
+def test_a_broken_index(here: Path) -> None:
+    for piece in (here / ".quarterlight").glob("*.lance/data/*.lance"):
+        piece.write_bytes(piece.read_bytes()[:20])
+    code, _, err = run("red")
+    assert code == 1 and "cannot be read" in err and "If this stays so, delete the folder and index again." in err
 
 
 @pytest.mark.parametrize(
@@ -125,9 +152,5 @@ def test_a_model_without_a_reranker(here: Path, tiny_checkpoint: Path, pair: Pat
 
 
 def test_errors_say_what_to_do() -> None:
-    code, _, err = run("red", "--store", "elsewhere")
-    assert code == 1 and "There is no index in elsewhere. Make one with `quarterlight index FOLDER" in err
     code, _, err = run("red", "--model", "other")
     assert code == 1 and "was built with model 'fake' (64 dimensions, hash fa4efa4efa4e)" in err
-    code, _, err = run("--image", "missing.png")
-    assert code == 1 and "missing.png cannot be read: No such file or directory." in err

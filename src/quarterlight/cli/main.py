@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -105,6 +106,7 @@ class Program(TyperGroup):
                 raise
             raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[{extra}]'", 1) from None
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends the process at once, and without a word
             raise _stop("Stopped.", INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit

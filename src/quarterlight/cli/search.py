@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,19 +14,25 @@ from rich.text import Text
 from quarterlight.cli import console
 from quarterlight.cli.index import DEFAULT_STORE
 from quarterlight.cli.models import FusionOption, K, QuantizationOption, RerankerOption, check_rerank, open_pair
+from quarterlight.cli.page import check_page, write_page
 from quarterlight.errors import InputError
-from quarterlight.images import describe
+from quarterlight.images import describe, load_image
 from quarterlight.index import IndexStore, Kind
+from quarterlight.index.store import models_in
 from quarterlight.metrics.fusion import RERANK
 from quarterlight.records import Item
-from quarterlight.search.contact_sheet import write_contact_sheet
 from quarterlight.search.encoder import identity_of
 from quarterlight.search.retrieve import Hit, Searcher, snippet
+from quarterlight.search.walk import READERS
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def search(
     text: Annotated[str, typer.Argument(help="What to look for, in words.")] = "",
-    image: Annotated[Path | None, typer.Option(help="A picture to look for; with words: what to change in it.")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A picture to look for; with words: what to change in it.")
+    ] = None,
     type: Annotated[Kind | None, typer.Option(help="Only pictures, only PDF pages or only texts.")] = None,
     within: Annotated[Path | None, typer.Option("--in", help="Only this file, or files in this folder.")] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many results.")] = 10,
@@ -53,7 +61,13 @@ def search(
     if image is None and not text.strip():
         raise typer.BadParameter("Nothing to look for: give words, --image FILE, or both.")
     check_rerank(rerank, reranker, fusion)
-    query = Item(text=text.strip() or None, image=image)
+    _check_picture(image)
+    if html is not None:
+        check_page(html)
+    _check_store(store, within)
+    if image is None:
+        _hint(text.strip())
+    query = Item(text=text.strip() or None, image=Path(image) if image else None)
     from quarterlight.models.embedder import Embedder
 
     if rerank:
@@ -72,11 +86,36 @@ def search(
     else:
         console.err.print("Nothing was found.")
     if html is not None:
-        try:
-            write_contact_sheet(html, [(query, hits)], title=f"Quarterlight: {describe(store)}")
-        except OSError as error:
-            raise InputError(f"{describe(html)} cannot be written: {error.strerror}.") from error
+        write_page(html, [(query, hits)], title=f"Quarterlight: {describe(store)}")
         console.err.print(f"Wrote {describe(html)}.", markup=False, soft_wrap=True)
+
+
+def _check_picture(image: str | None) -> None:
+    """Raises InputError for a picture that is not to be had, before a model is loaded."""
+    if image is not None and _ADDRESS.match(image):
+        raise InputError(f"{image} is an address, and pictures are read from files: download it and name the file.")
+    if image is not None:
+        load_image(Path(image))
+
+
+def _check_store(store: Path, within: Path | None) -> None:
+    """Raises StoreError where there is no index, and InputError when it has nothing of the place to look in."""
+    models = models_in(store)
+    if within is not None and not any(IndexStore.open(store, model).count(within=within) for model in models):
+        raise InputError(
+            f"The index in {describe(store)} has nothing of {describe(within)}: --in takes a file that is indexed, or "
+            "a folder of such files."
+        )
+
+
+def _hint(text: str) -> None:
+    """Says so when words look like the name of a picture."""
+    is_picture = os.path.isfile(text) and READERS.get(Path(text).suffix.lower()) == "image"  # noqa: PTH113 long text
+    if is_picture or _ADDRESS.match(text):
+        wanted = "--image and its name" if is_picture else "--image and the name of a file"
+        console.err.print(
+            f"{describe(text)} is taken as words; to look for a picture, give {wanted}.", markup=False, soft_wrap=True
+        )
 
 
 def _record(hit: Hit) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +33,7 @@ from quarterlight.models.checkpoint import (
     vision_hash,
     weights_hash,
 )
+from quarterlight.models.device import find_device
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import Attention, PoolingMode, embed
@@ -160,10 +161,11 @@ class Embedder:
         compile: lets layers run as ``torch.compile`` makes them, see :mod:`quarterlight.models.compiled`; a string is a
             mode of it, such as ``"reduce-overhead"``.  Takes a minute or more before this returns, less where its cache
             on disk has what it needs.  Changes embeddings by rounding only.
-        Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
+        Raises CheckpointError when there is no such model or preset, InputError for a device that is not there or an
+        impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = find_device(device)
         released = preset_of(model, folder, preset)
         backbone, processor = load_backbone(
             folder,
@@ -704,4 +706,9 @@ class LastUsed:
 def as_list(items: ItemLike | Sequence[ItemLike]) -> Sequence[ItemLike]:
     if isinstance(items, (str, bytes, os.PathLike, Image.Image, Mapping, Item, ArchiveMember)):
         return [items]  # type: ignore[list-item]
+    if not isinstance(items, Iterable):
+        raise InputError(
+            f"Expected an item (text, a pathlib.Path, a PIL image, a mapping or an Item) or several, got "
+            f"{type(items).__name__}."
+        )
     return list(items)
