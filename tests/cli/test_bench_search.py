@@ -47,9 +47,7 @@ def test_precisions_and_real_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert latencies[0]["recall_at_10"] == 1 and latencies[2]["recall_at_10"] >= 0.9
     few = CliRunner().invoke(program(), [*arguments[:4], "--queries", "80"])
     record = json.loads(few.stdout.splitlines()[-1])
-    assert (record["settings"]["queries"], record["latencies"][0]["rows"]) == (25, 110), (
-        "as many as there are vectors for"
-    )
+    assert (record["settings"]["queries"], record["latencies"][0]["rows"]) == (25, 110)
     monkeypatch.setattr(bench_search, "LEAST_ROWS", 159)
     result = CliRunner().invoke(program(), arguments[:4])
     assert result.exit_code == 1 and "has 160 distinct vectors, and a search cannot be timed on fewer" in result.stderr

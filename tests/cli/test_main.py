@@ -206,7 +206,10 @@ def test_the_program_is_called_as_the_shell_finds_it(tmp_path: Path, monkeypatch
     (scripts / "quarterlight").touch(mode=0o755)
     monkeypatch.setenv("PATH", "/usr/bin")
     assert console.program() == ".venv/bin/quarterlight"
-    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.chdir(scripts)
+    assert console.program() == "./quarterlight"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert console.program() == f"'{scripts / 'quarterlight'}'"
     monkeypatch.setenv("PATH", f"/usr/bin:{scripts}")
     assert console.program() == "quarterlight"

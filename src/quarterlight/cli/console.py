@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -89,7 +90,9 @@ def program() -> str:
     if found is not None and script.samefile(found):
         return "quarterlight"
     here = Path.cwd()
-    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
+    if script.is_relative_to(here):
+        script = script.relative_to(here)
+    return shlex.quote(os.path.join(".", script) if script.name == str(script) else str(script))  # noqa: PTH118
 
 
 def print_json(value: Any) -> None:
