@@ -138,6 +138,8 @@ def demo(
     results: list[tuple[Item, Hits]] = []
     for heading, group in QUESTIONS.items():
         console.out.print(heading, style="bold underline")
+        if model == "nano" and group[0].kind == "page":
+            console.out.print("nano cannot read: what it finds here is little better than chance.")
         for question in group:
             query, hits = ask(searcher, question, examples)
             if reranker is None:
@@ -148,7 +150,7 @@ def demo(
                 results.append((query, orders))
                 _print_orders(question, orders, examples)
     write_page(out, results, title=f"Quarterlight: {report.num_rows:,} example pictures, pages and texts")
-    own = f'{console.program()} search "red heart" --store {shlex.quote(str(store))}'
+    own = f'{console.program()} search "soccer ball" --store {shlex.quote(str(store))}'
     if model != "nano":
         own += f" --model {shlex.quote(model)}"
     console.err.print(f"Wrote {out}: open it in a browser.\nAsk your own: {own}", markup=False, soft_wrap=True)
