@@ -40,9 +40,19 @@ def test_table() -> None:
     code, out, err = run("red")
     assert (code, err) == (0, "")
     header, first, *_ = out.splitlines()
-    assert header.split() == ["#", "score", "kind", "path", "page", "text"]
+    assert header.split() == ["#", "score", "kind", "path", "part", "text"]
     assert first.split()[2:] == ["image", "files/[red].png"]
     assert "Fruit: pears" in out and r"\udcff.png" in out
+
+
+def test_long_names_lose_their_beginning(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(here / "files" / "a long name of a folder" / "another long name" / "holiday.png", "red")
+    assert CliRunner().invoke(program(), ["index", "files", "--quiet"]).exit_code == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("red")
+    assert "…/another long name/holiday.png" in out and "a long name of a" not in out
+    assert any(line.rstrip().endswith("p. 2  Fruit: pears") for line in out.splitlines())
+    assert any(line.rstrip().endswith("§ 1   roses") for line in out.splitlines())
 
 
 def test_json(here: Path) -> None:
@@ -113,7 +123,7 @@ def test_rerank(pair: Path, here: Path) -> None:
     code, out, err = run("red", "--model", str(pair), "--rerank", "4", "--html", "found.html")
     assert (code, err) == (0, "Wrote found.html.\n")
     header, *rows = out.splitlines()
-    assert header.split() == ["#", "score", "reranked", "kind", "path", "page", "text"]
+    assert header.split() == ["#", "score", "reranked", "kind", "path", "part", "text"]
     reranked = [float(row.split()[2]) for row in rows[:4]]
     assert (
         len(rows) == 6

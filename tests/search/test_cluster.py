@@ -24,7 +24,7 @@ from quarterlight.search.cluster import Cluster
 from quarterlight.search.embed import EmbedConfig, Local, embed
 from quarterlight.search.encoder import identity_of
 
-ray = pytest.importorskip("ray", reason="needs ray: pip install 'quarterlight[ray]'")
+ray = pytest.importorskip("ray", reason="needs ray: pip install -e '.[ray]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own, in code that it calls
 

@@ -104,7 +104,7 @@ class Program(TyperGroup):
             extra = EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
-            raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[{extra}]'", 1) from None
+            raise _stop(f"Error: This needs {error.name}: pip install -e '.[{extra}]'", 1) from None
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends the process at once, and without a word
             raise _stop("Stopped.", INTERRUPTED) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,9 @@ from quarterlight.records import Item
 from quarterlight.search.encoder import identity_of
 from quarterlight.search.retrieve import Hit, Searcher, snippet
 from quarterlight.search.walk import READERS
+
+LEAST_PATH = 30
+"""Columns that the name of a file may take in a terminal of whatever width."""
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -125,15 +129,32 @@ def _record(hit: Hit) -> dict[str, Any]:
 
 def _table(hits: list[Hit], *, reranked: bool) -> Table:
     scores = ("score", "reranked")[: 1 + reranked]
-    table = console.table("#", *scores, "kind", "path", "page", "text", right=("#", *scores, "page"))
+    table = console.table("#", *scores, "kind", "path", "part", "text", right=("#", *scores))
+    table.columns[2 + len(scores)].no_wrap = True  # it is shortened instead
+    most = max(LEAST_PATH, console.out.width // 2)
     for rank, hit in enumerate(hits, start=1):
         words = snippet(f"{hit.title}: {hit.snippet}" if hit.title else hit.snippet, "", max_chars=100)
         judged = [console.score(hit.rerank_score)] * reranked
-        cells = (rank, f"{hit.score:.3f}", *judged, hit.kind, _short(hit.path), hit.page or "", words)
+        cells = (rank, f"{hit.score:.3f}", *judged, hit.kind, _short(hit.path, most), _part(hit), words)
         table.add_row(*(Text(str(cell)) for cell in cells))  # Text, since a file may be called "[red]"
     return table
 
 
-def _short(path: Path) -> str:
+def _part(hit: Hit) -> str:
+    """Which page of a PDF, or section of a text."""
+    return f"p. {hit.page}" if hit.page else f"§ {hit.section}" if hit.section else ""
+
+
+def _short(path: Path, most: int) -> str:
+    """The name of a file as seen from here; one wider than ``most`` columns loses its beginning, a folder at a time.
+
+    >>> _short(Path("/photos/2024/summer/beach.jpg"), 20)
+    '…/summer/beach.jpg'
+    """
     here = Path.cwd()
-    return describe(path.relative_to(here) if path.is_relative_to(here) else path)
+    name = describe(path.relative_to(here) if path.is_relative_to(here) else path)
+    if cell_len(name) <= most:
+        return name
+    while cell_len(name) > most - 1:
+        name = name[1:]
+    return "…" + name[max(0, name.find("/")) :]
