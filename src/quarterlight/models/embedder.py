@@ -156,8 +156,8 @@ class Embedder:
         preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
             ``None`` finds it by the name of the model, where that has one.
         quantization: ``"int8"`` keeps the weights of layers as int8, which takes a quarter of the memory of float32;
-            see :mod:`quarterlight.models.quantized`.  Needs torchao.  Changes embeddings, those of nano by up to 1e-4 of
-            cosine (``docs/performance.md``), and so ``model_hash``.
+            see :mod:`quarterlight.models.quantized`.  Needs torchao.  Changes embeddings, those of nano by up to 1e-4
+            of cosine (``docs/performance.md``), and so ``model_hash``.
         compile: lets layers run as ``torch.compile`` makes them, see :mod:`quarterlight.models.compiled`; a string is a
             mode of it, such as ``"reduce-overhead"``.  Takes a minute or more before this returns, less where its cache
             on disk has what it needs.  Changes embeddings by rounding only.
