@@ -26,7 +26,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "retrieval"
 
 class Constant:
     name, model_hash, dimension, settings = "constant", "c0ffee", 4, EmbedderSettings()
-    model = SimpleNamespace(dtype="torch.float32", device=SimpleNamespace(type="cpu"))
+    model = SimpleNamespace(dtype="torch.float32", device=SimpleNamespace(type="cpu"), base_model=None)
 
     def encode_query(self, items: Sequence[Item]) -> np.ndarray:
         for position, item in enumerate(items):

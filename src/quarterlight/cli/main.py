@@ -51,8 +51,8 @@ GROUP_HELP = {"bench": "Measure speed and memory.", "data": "Convert and check t
 HELP = """Universal multimodal retrieval: find pictures and document pages with words, pictures, or both.
 
     \b
-    quarterlight index ~/Pictures ~/papers
-    quarterlight search "a red apple"
+    quarterlight index examples
+    quarterlight search "woman astronaut"
     quarterlight COMMAND --help      options and an example of each command
 """
 

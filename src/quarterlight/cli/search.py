@@ -57,9 +57,9 @@ def search(
     """Find pictures, PDF pages and texts of an index with words, with a picture, or with both.
 
     \b
-    quarterlight search "a red apple"
+    quarterlight search "woman astronaut"
     quarterlight search --image apple.jpg --type image --top-k 20
-    quarterlight search "the same in green" --image apple.jpg --html found.html
+    quarterlight search "dark skin tone" --image runner.webp --html found.html
     quarterlight search "training loss" --type page --in ~/papers --rerank 20
     """
     if image is None and not text.strip():
