@@ -53,7 +53,7 @@ class Item:
             raise InputError(f"Item.instruction must be a string, got {type(self.instruction).__name__}.")
         several = isinstance(self.image, Sequence) and not isinstance(self.image, _ONE_IMAGE)
         for one in self.image if several else (self.image,):  # type: ignore[union-attr]
-            if one is not None and not isinstance(one, _ONE_IMAGE):
+            if not (isinstance(one, _ONE_IMAGE) or self.image is None):
                 raise InputError(
                     "Item.image must be the name of a file, its bytes, a PIL image or several of these, got "
                     f"{type(one).__name__}."

@@ -217,7 +217,7 @@ def test_an_instruction_is_a_string(tiny_embedder: Embedder) -> None:
         Item(text="words", instruction=5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("image", [3, [3], object()])
+@pytest.mark.parametrize("image", [3, [3], [None], object()])
 def test_an_image_is_a_source_of_one(image: Any) -> None:
     with pytest.raises(InputError, match=r"Item.image must be the name of a file, its bytes, a PIL image or several"):
         Item(image=image)
