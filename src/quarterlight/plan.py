@@ -412,8 +412,8 @@ class _Planner:
         divisible = (_FULL_BYTES if stage.lora is None else _LORA_BYTES) * trained
         notes = []
         if kept >= 0.005:  # else it would be told of 0%
-            share = f"{kept:.0%}"
-            notes.append(f"Keeps the visual tokens of {share} of its pictures in memory: these are looked at once.")
+            part = f"{kept:.0%}"
+            notes.append(f"Keeps the visual tokens of {part} of its pictures in memory: these are looked at once.")
         if stage.initial == "restore" and any(one.lora is None for one in self.recipe.contrast.values()):
             notes.append(
                 "The embedder trains its vision tower after restore: the two will not share one, and images are looked "
