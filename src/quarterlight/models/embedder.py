@@ -156,13 +156,12 @@ class Embedder:
         preset: name of one in :mod:`quarterlight.models.presets`, for a folder of weights that others released;
             ``None`` finds it by the name of the model, where that has one.
         quantization: ``"int8"`` keeps the weights of layers as int8, which takes a quarter of the memory of float32;
-            see :mod:`quarterlight.models.quantized`.  Needs torchao.  Changes embeddings, those of nano by up to 1e-4
-            of cosine (``docs/performance.md``), and so ``model_hash``.
+            see :mod:`quarterlight.models.quantized`.  Needs torchao.  Changes embeddings, nano's by up to 1e-4 of
+            cosine (``docs/performance.md``), and so ``model_hash``.
         compile: lets layers run as ``torch.compile`` makes them, see :mod:`quarterlight.models.compiled`; a string is a
             mode of it, such as ``"reduce-overhead"``.  Takes a minute or more before this returns, less where its cache
             on disk has what it needs.  Changes embeddings by rounding only.
-        Raises CheckpointError when there is no such model or preset, InputError for a device that is not there or an
-        impossible ``truncate_dim``.
+        Raises CheckpointError when there is no such model or preset, InputError for an impossible ``truncate_dim``.
         """
         folder = resolve_checkpoint(model)
         place = find_device(device)
