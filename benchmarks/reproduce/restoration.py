@@ -10,6 +10,7 @@ in nats, over tasks whose answer depends on the picture.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def held_out_loss(folder: Path, data: Path, s: int) -> dict[str, float]:
     return losses | {"all": sum(loss for loss, _ in totals.values()) / sum(count for _, count in totals.values())}
 
 
+def draw(phases: Mapping[str, Mapping[str, float]], axes: Any) -> None:
+    """Loss by phase; the last is a control beside the others, not what followed them, so no line leads to it."""
+    *course, control = phases.values()
+    for name in control:
+        (line,) = axes.plot(range(len(course)), [one[name] for one in course], "o-", label=name)
+        axes.plot(len(course), control[name], "o", color=line.get_color(), fillstyle="none")
+    axes.axvline(len(course) - 0.5, color="0.8", linewidth=1)
+    axes.set(ylabel="next-token loss, nats", title="Restoration on nano", xticks=range(len(phases)))
+    axes.set_xticklabels([phase.replace(" with", "\nwith").replace(": ", ":\n") for phase in phases], fontsize=8)
+    axes.legend(ncols=len(control), loc="lower center", bbox_to_anchor=(0.5, 0.2))
+
+
 def main() -> None:
     arguments = common.arguments(__doc__, steps=250, more=150)
     base = common.trunk(arguments, last="tower")
@@ -76,14 +89,9 @@ def main() -> None:
     lines += [f"| {phase} | {' | '.join(f'{one[name]:.3f}' for name in names)} |" for phase, one in phases.items()]
     steps = {"steps": arguments.steps, "more": arguments.more}
 
-    def draw(axes: Any) -> None:
-        for name in names:
-            axes.plot(range(len(phases)), [one[name] for one in phases.values()], "o-", label=name)
-        axes.set(ylabel="next-token loss, nats", title="Restoration on nano", xticks=range(len(phases)))
-        axes.set_xticklabels([phase.replace(" with", "\nwith").replace(": ", ":\n") for phase in phases], fontsize=8)
-        axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 0.2))
-
-    common.finish("restoration", "\n".join(lines), {"experiment": "restoration", **steps, "losses": phases}, draw)
+    common.finish(
+        "restoration", "\n".join(lines), {"experiment": "restoration", **steps, "losses": phases}, partial(draw, phases)
+    )
     print(json.dumps(steps))
 
 

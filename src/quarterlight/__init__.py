@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quarterlight.errors import QuarterlightError
 from quarterlight.models.quantized import quiet_torchao
 from quarterlight.records import Item
 from quarterlight.registration import register
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from quarterlight.models.embedder import Embedder
     from quarterlight.models.reranker import Reranker
 
-__all__ = ["Embedder", "Item", "Reranker", "__version__"]
+__all__ = ["Embedder", "Item", "QuarterlightError", "Reranker", "__version__"]
 __version__ = "0.1.0"
 
 _LAZY = {  # public names whose modules import torch

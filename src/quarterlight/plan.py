@@ -408,7 +408,10 @@ class _Planner:
         rest = (_numel(model) - (0 if stage.lora else trained)) * (2 if stage.lora and optimizer.bf16 else 4)
         activations = rest + self._saved_bytes(longest, 0, optimizer.gradient_checkpointing, stage.lora)
         divisible = (_FULL_BYTES if stage.lora is None else _LORA_BYTES) * trained
-        notes = [f"Keeps the visual tokens of {kept:.0%} of its pictures in memory, so that these are looked at once."]
+        notes = []
+        if kept >= 0.005:  # else it would be told of 0%
+            part = f"{kept:.0%}"
+            notes.append(f"Keeps the visual tokens of {part} of its pictures in memory: these are looked at once.")
         if stage.initial == "restore" and any(one.lora is None for one in self.recipe.contrast.values()):
             notes.append(
                 "The embedder trains its vision tower after restore: the two will not share one, and images are looked "
@@ -799,8 +802,10 @@ class _Sizes:
         return self.data is not None and (self.data / dataset).is_dir()
 
     def _missing(self, label: str) -> RecipeError:
-        where = f"not in {self.data}" if self.data else "not known without --data"
-        return RecipeError(f"{label} cannot be planned: it is {where}, and the recipe does not say how many `samples`.")
+        lacking = "and the recipe does not say how many `samples` it has"
+        if self.data is None:
+            return RecipeError(f"{label} cannot be planned without its data, {lacking}: give --data, where it lies.")
+        return RecipeError(f"{label} cannot be planned: it is not in {self.data}, {lacking}.")
 
 
 def _conversations(path: Path, weight: float, most: int) -> _Source:

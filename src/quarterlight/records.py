@@ -23,6 +23,8 @@ class ArchiveMember(NamedTuple):
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | ArchiveMember"
 """Where a picture comes from: a file, its bytes, an opened picture, or a member of a zip archive. Never a URL."""
 
+_ONE_IMAGE = (str, bytes, os.PathLike, Image.Image, ArchiveMember)
+
 ItemLike: TypeAlias = "Item | str | os.PathLike[str] | Image.Image | Mapping[str, Any]"
 """What the public methods accept in place of an :class:`Item`."""
 
@@ -47,6 +49,15 @@ class Item:
     def __post_init__(self) -> None:
         if self.text is not None and not isinstance(self.text, str):
             raise InputError(f"Item.text must be a string, got {type(self.text).__name__}.")
+        if self.instruction is not None and not isinstance(self.instruction, str):
+            raise InputError(f"Item.instruction must be a string, got {type(self.instruction).__name__}.")
+        several = isinstance(self.image, Sequence) and not isinstance(self.image, _ONE_IMAGE)
+        for one in self.image if several else (self.image,):  # type: ignore[union-attr]
+            if not (isinstance(one, _ONE_IMAGE) or self.image is None):
+                raise InputError(
+                    "Item.image must be the name of a file, its bytes, a PIL image or several of these, got "
+                    f"{type(one).__name__}."
+                )
         if self.max_tiles is not None and (not isinstance(self.max_tiles, int) or self.max_tiles < 1):
             raise InputError(f"Item.max_tiles must be a whole number of at least 1, got {self.max_tiles!r}.")
 
@@ -84,7 +95,7 @@ class Item:
         """The pictures, in order; empty when there are none."""
         if self.image is None:
             return ()
-        if isinstance(self.image, (str, bytes, os.PathLike, Image.Image, ArchiveMember)):
+        if isinstance(self.image, _ONE_IMAGE):
             return (self.image,)
         return tuple(self.image)
 

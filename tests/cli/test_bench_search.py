@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from quarterlight.cli import bench_search
 from quarterlight.cli.main import program
 from quarterlight.index import VECTOR_PRECISIONS, ModelIdentity, Row, store
 from quarterlight.index.shards import ShardFolder
@@ -27,7 +28,7 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < one["p50_ms"] <= one["p95_ms"]
 
 
-def test_precisions_and_real_vectors(tmp_path: Path) -> None:
+def test_precisions_and_real_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelIdentity(name="m", hash="ab" * 32, dimension=16)
     vectors = np.random.default_rng(0).normal(size=(160, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -44,4 +45,9 @@ def test_precisions_and_real_vectors(tmp_path: Path) -> None:
     assert all(one["rows"] == 150 for one in latencies)
     assert [round(one["vector_mb"] * 2**20) for one in latencies] == [9600, 4800, 2700, 300]
     assert latencies[0]["recall_at_10"] == 1 and latencies[2]["recall_at_10"] >= 0.9
-    assert CliRunner().invoke(program(), [*arguments[:4], "--queries", "80"]).exit_code == 1
+    few = CliRunner().invoke(program(), [*arguments[:4], "--queries", "80"])
+    record = json.loads(few.stdout.splitlines()[-1])
+    assert (record["settings"]["queries"], record["latencies"][0]["rows"]) == (25, 110)
+    monkeypatch.setattr(bench_search, "LEAST_ROWS", 159)
+    result = CliRunner().invoke(program(), arguments[:4])
+    assert result.exit_code == 1 and "has 160 distinct vectors, and a search cannot be timed on fewer" in result.stderr

@@ -51,9 +51,10 @@ def test_demo_searches_in_four_ways_and_writes_a_page(
 ) -> None:
     arguments = ["--examples", str(few_examples), "--model", str(tiny_checkpoint), "--out", "result page.html"]
     assert run(*arguments, monkeypatch=monkeypatch, folder=tmp_path) == 0
-    shown = capsys.readouterr().out
+    captured = capsys.readouterr()
     for heading in demo.QUESTIONS:
-        assert heading in shown
+        assert heading in captured.out
+    assert f"--store .quarterlight-demo --model {tiny_checkpoint}" in captured.err
     html = (tmp_path / "result page.html").read_text(encoding="utf-8")
     assert html.count("<section>") == sum(map(len, demo.QUESTIONS.values()))
     assert set(re.findall(r'(?:src|href)="(\w+):', html)) == {"data", "file"}
@@ -99,6 +100,17 @@ def test_missing_examples_are_a_sentence(
 ) -> None:
     assert run("--examples", "nowhere", monkeypatch=monkeypatch, folder=tmp_path) == 1
     assert capsys.readouterr().err.startswith("Error: There are no example files in ")
+    (tmp_path / "empty").mkdir()
+    assert run("--examples", "empty", monkeypatch=monkeypatch, folder=tmp_path) == 1
+    assert capsys.readouterr().err.startswith("Error: There are no example files in ")
+
+
+def test_a_page_that_cannot_be_written_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out", "nowhere/d.html", monkeypatch=monkeypatch, folder=tmp_path) == 1
+    assert capsys.readouterr().err.startswith("Error: nowhere/d.html cannot be written: there is no folder ")
+    assert not (tmp_path / ".quarterlight-demo").exists(), "nothing was done before"
 
 
 def test_nano_answers_the_questions(tmp_path: Path) -> None:

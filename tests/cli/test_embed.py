@@ -100,7 +100,7 @@ def test_wrong_usage(arguments: list[str], words: str) -> None:
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, err = run("embed", "files", "--out", "o", "--ray", "local")
-    assert code == 1 and "pip install 'quarterlight[ray]'" in err
+    assert code == 1 and "pip install -e '.[ray]'" in err
 
 
 def test_help() -> None:

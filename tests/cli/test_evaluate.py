@@ -233,7 +233,10 @@ def test_checkpoints_of_one_name_have_folders_of_their_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--suite", "mini", "--data", suite_data, "--cache", tmp_path / "cache", "--tasks", "emoji/t2i"]
-    assert run(*arguments, "--model", "a/final").exit_code == 0
+    first = run(*arguments, "--model", "a/final")
+    assert first.exit_code == 0 and "mean of 1/5 tasks" in first.stdout
+    assert "mean of 0/" not in first.stdout, "averages of which no task was asked for"
+    assert "not the benchmark's numbers" not in first.stdout
     monkeypatch.setattr(Constant, "model_hash", "0123456789abcdef")
     assert run(*arguments, "--model", "b/final").exit_code == 0
     assert sorted(one.name for one in Path("evaluations").iterdir()) == ["mini.final.01234567", "mini.final.c0ffee"]
@@ -267,6 +270,7 @@ def test_a_suite_stops_at_once_when_data_is_missing(run: Run, suite_data: Path, 
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
     result = run(*more, "--skip-missing", "--limit", "1")
     assert result.exit_code == 0 and "emoji/t2i is left out" in result.stderr
+    assert "at most 1 queries of each task: not the benchmark's numbers" in result.stdout
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "emoji/t2i was not run" in report and "t2i (1 of 5 missing)" in report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_summary(here: Path) -> None:
 
 
 def test_problems_count_only_when_strict(here: Path) -> None:
-    (here / "files").mkdir()
+    write_image(here / "files" / "good.png", "red")
     (here / "files" / "two\nlines [red].png").write_bytes(b"")
     code, _, err = run("files")
     assert code == 0
@@ -81,10 +82,47 @@ def test_visual_tokens(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 2 and "int8" in err
 
 
-def test_what_does_not_exist(here: Path) -> None:
-    code, out, err = run("missing")
+def test_what_does_not_exist(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(here / "files" / "a.png", "red")
+    assert run("files", "--quiet")[0] == 0
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", None)  # is not reached
+    code, out, err = run("files", "missing")
     assert (code, out) == (1, "")
     assert "missing cannot be indexed: No such file or directory." in err
+
+
+def test_what_was_deleted(here: Path) -> None:
+    for name in ("one", "two"):
+        write_image(here / "files" / name / f"{name}.png", "red")
+    assert run("files")[0] == 0
+    shutil.rmtree(here / "files" / "one")
+    code, _, err = run("files/one")
+    assert code == 0 and "Files: 1 deleted." in err and "1 pictures, pages" in err
+
+
+def test_copies_are_told_from_moves(here: Path) -> None:
+    write_image(here / "files" / "a.png", "red")
+    run("files")
+    shutil.copy(here / "files" / "a.png", here / "files" / "b.png")
+    assert "Files: 1 copied, 1 unchanged." in run("files")[2]
+    assert json.loads(run("files", "--json")[1])["copied"] == 0
+
+
+def test_nothing_indexed_is_a_failure(here: Path) -> None:
+    (here / "empty").mkdir()
+    code, _, err = run("empty")
+    assert code == 1 and "There was nothing to index." in err
+    (here / "big.txt").write_bytes(b"a" * (16 * 2**20 + 1))
+    code, _, err = run("big.txt", "--json")
+    assert code == 1
+    write_image(here / "files" / "a.png", "red")
+    assert run("files")[0] == 0
+    code, _, err = run("files", "big.txt")
+    assert code == 1 and "big.txt: is larger than 16 MB, too large for a text" in err, "named, and not indexed"
+    assert run("empty", "files")[0] == 0
+    (here / "half.pdf").write_bytes(pdf(["one", None]))
+    code, _, err = run("half.pdf")
+    assert code == 0 and "page 2 of 2 cannot be read" in err
 
 
 def test_store_that_cannot_be_made(here: Path) -> None:

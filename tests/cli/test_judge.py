@@ -48,8 +48,9 @@ def test_counts_are_printed_and_files_written(judge: Run, retrieved: Path, tmp_p
     code, stdout, stderr = judge("--data", FIXTURE, "--retrieved", retrieved, "--out", out)
     assert code == 0 and stdout.split()[:2] == ["task", "pairs"] and "emoji/t2i" in stdout
     assert "report.html" in stderr and (out / "report.html").is_file()
-    code, stdout, _ = judge("--data", FIXTURE / "emoji", "--retrieved", retrieved, "--out", out, "--json")
+    code, stdout, again = judge("--data", FIXTURE / "emoji", "--retrieved", retrieved, "--out", out, "--json")
     counts = json.loads(stdout)["emoji/t2i"]
+    assert counts["yes"] == 0 and "The labels call nothing of this relevant" in stderr and again == stderr
     pairs = pq.read_metadata(retrieved / "emoji.t2i.parquet").num_rows
     assert code == 0 and sum(counts.values()) == pairs and set(counts) == {"yes", "no", "undecided", "failed"}
 

@@ -19,6 +19,7 @@ from quarterlight.cli import console, main
 HELP_SECONDS = 0.5
 
 STUBS = """
+import atexit
 import time
 
 import typer
@@ -46,7 +47,12 @@ def slow() -> None:
     time.sleep(30)
 
 
-main.COMMANDS = {name: ("__main__:" + name, "For tests.") for name in ("broken", "buggy", "chatty", "slow")}
+def stubborn() -> None:
+    atexit.register(lambda: (typer.echo("leaving"), time.sleep(30)))
+    slow()
+
+
+main.COMMANDS = {name: ("__main__:" + name, "For tests.") for name in ("broken", "buggy", "chatty", "slow", "stubborn")}
 main.main()
 """
 """A program of the same machinery with commands that fail in every way."""
@@ -187,6 +193,36 @@ def test_ctrl_c_is_one_line(stubs: Callable[..., subprocess.Popen[str]]) -> None
     assert process.stdout.readline() == "ready\n" or process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == main.INTERRUPTED
+    assert process.stderr.read() == "Stopped.\n"
+
+
+def test_the_program_is_called_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "two words"
+    scripts = here / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    assert console.program() == f"'{scripts / 'python'}' -m quarterlight"
+    (scripts / "quarterlight").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert console.program() == ".venv/bin/quarterlight"
+    monkeypatch.chdir(scripts)
+    assert console.program() == "./quarterlight"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert console.program() == f"'{scripts / 'quarterlight'}'"
+    monkeypatch.setenv("PATH", f"/usr/bin:{scripts}")
+    assert console.program() == "quarterlight"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_second_ctrl_c_ends_it_at_once(stubs: Callable[..., subprocess.Popen[str]]) -> None:
+    process = stubs("stubborn")
+    assert process.stdout is not None and process.stderr is not None
+    for said in ("ready\n", "leaving\n"):
+        assert process.stdout.readline() == said
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
     assert process.stderr.read() == "Stopped.\n"
 
 

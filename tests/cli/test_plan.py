@@ -21,7 +21,17 @@ def test_the_plan_stands_beside_the_papers_figures(monkeypatch: pytest.MonkeyPat
     assert any(row.startswith("hard_negatives 16.6M (16M) 3,072 10,812 ") for row in rows)
     assert any(row.startswith("finetune 1.55M (1.5M) 576 5,376 ") for row in rows)
     assert "Utilisation: 8.4%" in result.stdout and "calibrated on Table 9" in result.stdout
-    assert "meant for" not in result.stdout
+    assert "meant for" not in result.stdout and "In brackets: what the paper reports" in result.stdout
+    assert "visual tokens of 0%" not in result.stdout
+
+
+def test_a_recipe_without_the_papers_figures() -> None:
+    nano = RECIPE.with_name("nano.yaml")
+    result = CliRunner().invoke(program(), ["train", str(nano), "--dry-run"])
+    assert result.exit_code == 1
+    assert result.stderr.endswith("does not say how many `samples` it has: give --data, where it lies.\n")
+    result = CliRunner().invoke(program(), ["train", str(RECIPE.with_name("u_marvel_7b.yaml")), "--dry-run"])
+    assert result.exit_code == 0 and "In brackets" not in result.stdout
 
 
 def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

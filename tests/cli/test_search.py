@@ -40,9 +40,19 @@ def test_table() -> None:
     code, out, err = run("red")
     assert (code, err) == (0, "")
     header, first, *_ = out.splitlines()
-    assert header.split() == ["#", "score", "kind", "path", "page", "text"]
+    assert header.split() == ["#", "score", "kind", "path", "part", "text"]
     assert first.split()[2:] == ["image", "files/[red].png"]
     assert "Fruit: pears" in out and r"\udcff.png" in out
+
+
+def test_long_names_lose_their_beginning(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(here / "files" / "a long name of a folder" / "another long name" / "holiday.png", "red")
+    assert CliRunner().invoke(program(), ["index", "files", "--quiet"]).exit_code == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("red")
+    assert "…/another long name/holiday.png" in out and "a long name of a" not in out
+    assert any(line.rstrip().endswith("p. 2  Fruit: pears") for line in out.splitlines())
+    assert any(line.rstrip().endswith("§ 1   roses") for line in out.splitlines())
 
 
 def test_json(here: Path) -> None:
@@ -57,9 +67,36 @@ def test_picture_place_and_page(here: Path) -> None:
     code, out, err = run("--image", "files/green.png", "--in", "files/green.png", "--html", "found.html")
     assert code == 0 and "1.000" in out and "Wrote found.html." in err
     assert "data:image/webp;base64," in (here / "found.html").read_text()
-    assert "Nothing was found" in run("red", "--in", "elsewhere")[2]
-    code, _, err = run("red", "--html", "missing/found.html")
-    assert code == 1 and "missing/found.html cannot be written: No such file or directory." in err
+    assert "Nothing was found" in run("red", "--in", "files/green.png", "--type", "page")[2]
+
+
+def test_what_is_wrong_is_told_before_a_model_is_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quarterlight.models.embedder.Embedder", None)
+    for arguments, told in (
+        (("red", "--html", "missing/found.html"), f"missing/found.html cannot be written: there is no folder {here}/"),
+        (("red", "--html", "files"), "files cannot be written: it is a folder."),
+        (("red", "--in", "elsewhere"), "The index in .quarterlight has nothing of elsewhere: --in takes a file"),
+        (("red", "--store", "elsewhere"), "There is no index in elsewhere. Make one with `quarterlight index FOLDER"),
+        (("--image", "missing.png"), "Error: missing.png cannot be read: No such file or directory."),
+        (("--image", "https://example.com/a.jpg"), "Error: https://example.com/a.jpg is an address, and pictures are"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (1, "") and told in err
+
+
+def test_words_that_name_a_picture() -> None:
+    code, _, err = run("files/green.png", "--top-k", "1")
+    assert code == 0 and "files/green.png is taken as words; to look for a picture, give --image and its name." in err
+    assert "https://a.b/c.png is taken as words" in run("https://a.b/c.png")[2]
+    for words in ("a/b", "files/notes.txt", "x" * 5000, "nul \0"):
+        assert run(words)[2] == ""
+
+
+def test_a_broken_index(here: Path) -> None:
+    for piece in (here / ".quarterlight").glob("*.lance/data/*.lance"):
+        piece.write_bytes(piece.read_bytes()[:20])
+    code, _, err = run("red")
+    assert code == 1 and "cannot be read" in err and "If this stays so, delete the folder and index again." in err
 
 
 @pytest.mark.parametrize(
@@ -86,7 +123,7 @@ def test_rerank(pair: Path, here: Path) -> None:
     code, out, err = run("red", "--model", str(pair), "--rerank", "4", "--html", "found.html")
     assert (code, err) == (0, "Wrote found.html.\n")
     header, *rows = out.splitlines()
-    assert header.split() == ["#", "score", "reranked", "kind", "path", "page", "text"]
+    assert header.split() == ["#", "score", "reranked", "kind", "path", "part", "text"]
     reranked = [float(row.split()[2]) for row in rows[:4]]
     assert (
         len(rows) == 6
@@ -125,9 +162,5 @@ def test_a_model_without_a_reranker(here: Path, tiny_checkpoint: Path, pair: Pat
 
 
 def test_errors_say_what_to_do() -> None:
-    code, _, err = run("red", "--store", "elsewhere")
-    assert code == 1 and "There is no index in elsewhere. Make one with `quarterlight index FOLDER" in err
     code, _, err = run("red", "--model", "other")
     assert code == 1 and "was built with model 'fake' (64 dimensions, hash fa4efa4efa4e)" in err
-    code, _, err = run("--image", "missing.png")
-    assert code == 1 and "missing.png cannot be read: No such file or directory." in err

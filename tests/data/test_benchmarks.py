@@ -454,11 +454,11 @@ def test_fashioniq_in_turns(tmp_path: Path) -> None:
 @pytest.mark.skipif(layouts.HAS_PYAV, reason="PyAV is there")
 def test_videos_without_pyav_name_the_extra(tmp_path: Path) -> None:
     layouts.write_msrvtt(tmp_path)
-    with pytest.raises(DatasetError, match=r"pip install 'quarterlight\[video\]'"):
+    with pytest.raises(DatasetError, match=r"pip install -e '\.\[video\]'"):
         open_in(tmp_path, "zeroshot", "MSR-VTT")
 
 
-@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")
+@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install -e '.[video]'")
 def test_videos_are_frames_evenly_taken(tmp_path: Path) -> None:
     layouts.write_msrvtt(tmp_path)
     task = open_in(tmp_path, "zeroshot", "MSR-VTT", frames="4")
@@ -472,7 +472,7 @@ def test_videos_are_frames_evenly_taken(tmp_path: Path) -> None:
     assert [problem.id for problem in task.problems] == ["video1", "video1-0"]
 
 
-@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")
+@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install -e '.[video]'")
 def test_a_video_is_decoded_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quarterlight.data.benchmarks import videos
 
@@ -507,7 +507,7 @@ def test_damaged_captions_of_msvd_are_named(tmp_path: Path, content: bytes) -> N
         open_in(tmp_path, "zeroshot", "MSVD")
 
 
-@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install 'quarterlight[video]'")
+@pytest.mark.skipif(not layouts.HAS_PYAV, reason="needs PyAV: pip install -e '.[video]'")
 def test_every_caption_of_msvd_is_a_query(tmp_path: Path) -> None:
     layouts.write_msvd(tmp_path)
     task = open_in(tmp_path, "zeroshot", "MSVD")

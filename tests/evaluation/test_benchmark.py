@@ -322,7 +322,7 @@ def test_missing_data_stops_the_run_before_it_costs_anything() -> None:
             raise DatasetError(f"{task.name}: line 3 is damaged.")
         return task_of([query("north", "n2")], ["n2"])
 
-    with pytest.raises(DatasetError, match=r"2 of 3 tasks cannot be read\. b: line 3 is damaged.*and so 1 more: c"):
+    with pytest.raises(DatasetError, match=r"2 of 3 tasks cannot be read\. b: line 3 is damaged.*and so 1 more: c\.$"):
         check(tasks, open_one)
     reasons, opened = check(tasks, open_one, skip_missing=True)
     assert reasons == {"b": "b: line 3 is damaged.", "c": "c: line 3 is damaged."} and [*opened] == ["a"]

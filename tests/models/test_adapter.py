@@ -213,7 +213,7 @@ def test_damaged_folders_are_errors(kept: Path, damage: Callable[[Path], None], 
 
 def test_without_peft(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "is_peft_available", lambda: False)
-    with pytest.raises(CheckpointError, match=r"needs peft: pip install 'quarterlight\[train\]'"):
+    with pytest.raises(CheckpointError, match=r"needs peft: pip install -e '\.\[train\]'"):
         open_cpu(kept)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import quarterlight
 from quarterlight import Embedder as PublicEmbedder
 from quarterlight import Item
 from quarterlight.errors import CheckpointError, ImageError, InputError
@@ -201,6 +202,33 @@ def test_long_text_is_cut(tiny_embedder: Embedder) -> None:
 def test_errors_name_the_position(tiny_embedder: Embedder, bad: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tiny_embedder.encode_query(["fine", bad])
+
+
+@pytest.mark.parametrize("nothing", [None, 42])
+def test_what_is_no_item_at_all(tiny_embedder: Embedder, nothing: Any) -> None:
+    with pytest.raises(InputError, match=f"Expected an item .* or several, got {type(nothing).__name__}"):
+        tiny_embedder.encode_query(nothing)
+
+
+def test_an_instruction_is_a_string(tiny_embedder: Embedder) -> None:
+    with pytest.raises(InputError, match="An instruction is a string, or None for the default one; got int"):
+        tiny_embedder.encode_query("words", instruction=5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"Item.instruction must be a string, got int"):
+        Item(text="words", instruction=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("image", [3, [3], [None], object()])
+def test_an_image_is_a_source_of_one(image: Any) -> None:
+    with pytest.raises(InputError, match=r"Item.image must be the name of a file, its bytes, a PIL image or several"):
+        Item(image=image)
+
+
+def test_a_device_that_is_not_there(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"The device 'gpu' cannot be used here: .*Give 'cpu'"):
+        Embedder(tiny_checkpoint, device="gpu")
+    with pytest.raises(InputError, match="The device 'cuda:99' cannot be used here"):
+        Embedder(tiny_checkpoint, device="cuda:99")
+    assert quarterlight.QuarterlightError in InputError.__mro__
 
 
 def test_any_iterable_sequence_of_items(tiny_embedder: Embedder) -> None:

@@ -85,7 +85,7 @@ def test_without_torchao(tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatc
     for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'quarterlight\[int8\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install -e '\.\[int8\]'"):
         quantize(tiny_embedder.model, "int8")
     assert quantization_of(tiny_embedder.model) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from quarterlight.search.cluster import Cluster
 from quarterlight.search.embed import EmbedConfig, Local, embed
 from quarterlight.search.encoder import identity_of
 
-ray = pytest.importorskip("ray", reason="needs ray: pip install 'quarterlight[ray]'")
+ray = pytest.importorskip("ray", reason="needs ray: pip install -e '.[ray]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own, in code that it calls
 
@@ -85,6 +86,14 @@ def test_a_killed_worker_loses_nothing(local: None, corpus: Path, tmp_path: Path
 
 def broken() -> FakeEncoder:
     raise CheckpointError("There is no such model.")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_nobody_at_the_address(address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free once it is closed
+        port = server.getsockname()[1]
+    with pytest.raises(InputError, match=rf"no Ray cluster at '.*{port}': Connection refused. Start one with"):
+        Cluster.connect(address.format(port), FakeEncoder)
 
 
 def test_what_goes_wrong(local: None) -> None:

@@ -64,7 +64,7 @@ def fresh_snapshot(folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def counts(report: IngestReport) -> dict[str, int]:
-    names = ("new", "changed", "moved", "unchanged", "deleted")
+    names = ("new", "changed", "moved", "copied", "unchanged", "deleted")
     return {name: getattr(report, name) for name in names if getattr(report, name)}
 
 
@@ -96,6 +96,25 @@ def test_incremental(store: IndexStore, encoder: FakeEncoder, corpus: Path, tmp_
     assert counts(report) == {"new": 1, "changed": 2, "moved": 2, "deleted": 2}
     assert encoder.num_encoded == 7 + 3
     assert snapshot(store) == fresh_snapshot(corpus, tmp_path)
+
+
+def test_copies_are_no_moves(store: IndexStore, encoder: FakeEncoder, corpus: Path) -> None:
+    ingest([corpus], store, encoder)
+    shutil.copytree(corpus / "pictures", corpus / "again")
+    (corpus / "fruit.pdf").rename(corpus / "renamed.pdf")
+    assert counts(ingest([corpus], store, encoder)) == {"moved": 1, "copied": 3, "unchanged": 4, "deleted": 1}
+    assert encoder.num_encoded == 7
+
+
+def test_what_is_gone_is_taken_out_by_its_own_name(store: IndexStore, encoder: FakeEncoder, corpus: Path) -> None:
+    ingest([corpus], store, encoder)
+    shutil.rmtree(corpus / "pictures")
+    (corpus / "fruit.pdf").unlink()
+    (corpus / "notes.md").unlink()
+    assert counts(ingest([corpus / "pictures", corpus / "notes.md"], store, encoder)) == {"deleted": 4}
+    assert [path_of(uri).name for uri in store.files()] == ["fruit.pdf"]
+    with pytest.raises(InputError, match="pictures cannot be indexed: No such file or directory"):
+        ingest([corpus / "pictures"], store, encoder)
 
 
 def test_swapped_files(store: IndexStore, encoder: FakeEncoder, corpus: Path, tmp_path: Path) -> None:

@@ -122,13 +122,13 @@ def test_a_plain_run_keeps_them_up_to_date(store: IndexStore, eyes: FakeEyes, co
     assert eyes.num_encoded == 6 + 2, "what moved and what is a copy is not looked at again"
 
 
-def test_a_moved_file_whose_old_rows_lack_them(store: IndexStore, eyes: FakeEyes, corpus: Path) -> None:
+def test_a_copy_whose_old_rows_lack_them(store: IndexStore, eyes: FakeEyes, corpus: Path) -> None:
     """It gets the vectors of its old rows, which are not below the folders of this run, and is looked at."""
     ingest([corpus], store, eyes)
     (corpus / "elsewhere").mkdir()
     shutil.copy(corpus / "fruit.pdf", corpus / "elsewhere" / "same.pdf")
     report = ingest([corpus / "elsewhere"], store, eyes, visual_tokens="float16")
-    assert (report.moved, told(report).num_added) == (1, 2)
+    assert (report.copied, told(report).num_added) == (1, 2)
 
 
 def test_copies_are_looked_at_once(store: IndexStore, eyes: FakeEyes, corpus: Path) -> None:

@@ -25,6 +25,9 @@ THUMBNAIL_BYTES = 4096
 
 ROWS_PER_COMMIT = 5000
 
+LEAST_ROWS = 110
+"""More than ten in each of ten folders, whose ten nearest are looked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
@@ -58,7 +61,10 @@ def bench_search(
         list[str] | None,
         typer.Option(help="How vectors are kept; may be repeated.", show_default="float32"),
     ] = None,
-    queries: Annotated[int, typer.Option(min=1, help="Searches that are timed; as many again warm up.")] = 200,
+    queries: Annotated[
+        int,
+        typer.Option(min=1, help="Searches that are timed; as many again warm up; fewer where --from has few."),
+    ] = 200,
     model: Annotated[str | None, typer.Option(help="Also time the embedding of a query with this model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON record to this file.")] = None,
 ) -> None:
@@ -77,6 +83,7 @@ def bench_search(
     latencies: list[Latency] = []
     for number in [0] if shards else rows or [10_000, 100_000]:
         vector_ND, query_QD = _embedded(shards, queries) if shards else _random(number, dimension, queries)
+        queries = len(query_QD) // 2
         latencies += [_latency(vector_ND, query_QD, name) for name in kept]
         dimension = vector_ND.shape[1]
     columns = (
@@ -129,14 +136,16 @@ def _random(num_rows: int, dimension: int, num_queries: int) -> tuple[np.ndarray
 
 
 def _embedded(folder: Path, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct vectors of some shards, and twice as many others, drawn from among them, as queries."""
+    """The distinct vectors of some shards, and twice as many others as are timed, drawn from among them, as queries."""
     from quarterlight.index.shards import ShardFolder
 
     shards = ShardFolder.open(folder)
     vector_ND = np.unique(np.concatenate([shards.read(info)[1] for info in shards.shards()]), axis=0)
-    if len(vector_ND) < 2 * num_queries + 110:  # ten and more in each of ten folders
+    num_queries = min(num_queries, (len(vector_ND) - LEAST_ROWS) // 2)
+    if num_queries < 1:
         raise InputError(
-            f"{describe(folder)} has {len(vector_ND)} distinct vectors, too few for {num_queries} queries."
+            f"{describe(folder)} has {len(vector_ND)} distinct vectors, and a search cannot be timed on fewer than "
+            f"{LEAST_ROWS + 2}: embed more files."
         )
     order = np.random.default_rng(0).permutation(len(vector_ND))
     return vector_ND[order[2 * num_queries :]], vector_ND[order[: 2 * num_queries]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +79,20 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
 def score(value: float | None) -> str:
     """A score as tables show it; nothing where there is none."""
     return "" if value is None else f"{value:.3f}"
+
+
+def program() -> str:
+    """How the program can be called again from this folder: by name only where the shell finds it by name."""
+    script = Path(sys.executable).with_name("quarterlight")
+    if not script.is_file():
+        return f"{shlex.quote(sys.executable)} -m quarterlight"
+    found = shutil.which("quarterlight")
+    if found is not None and script.samefile(found):
+        return "quarterlight"
+    here = Path.cwd()
+    if script.is_relative_to(here):
+        script = script.relative_to(here)
+    return shlex.quote(os.path.join(".", script) if script.name == str(script) else str(script))  # noqa: PTH118
 
 
 def print_json(value: Any) -> None:

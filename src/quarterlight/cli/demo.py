@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quarterlight.cli import console
+from quarterlight.cli.page import check_page, write_page
 from quarterlight.errors import InputError
+from quarterlight.images import describe
 from quarterlight.records import Item
 
 if TYPE_CHECKING:
@@ -101,16 +104,17 @@ def demo(
     quarterlight demo --out demo.html
     """
     examples = examples.resolve()  # as its files are called in the index
-    if not examples.is_dir():
+    questions = [question for group in QUESTIONS.values() for question in group]
+    if not all((examples / question.image).is_file() for question in questions if question.image):
         raise InputError(
-            f"There are no example files in {examples}: they come with the repository. "
+            f"There are no example files in {describe(examples)}: they come with the repository. "
             "Name their folder with --examples, or index files of your own with quarterlight index."
         )
+    check_page(out)
     from quarterlight.index import IndexStore
     from quarterlight.models.embedder import Embedder
     from quarterlight.models.pair import load_pair
     from quarterlight.models.reranker import has_reranker
-    from quarterlight.search.contact_sheet import write_contact_sheet
     from quarterlight.search.encoder import identity_of
     from quarterlight.search.ingest import ingest
     from quarterlight.search.retrieve import Searcher
@@ -132,9 +136,11 @@ def demo(
 
     searcher = Searcher(table, embedder, reranker=reranker)
     results: list[tuple[Item, Hits]] = []
-    for heading, questions in QUESTIONS.items():
+    for heading, group in QUESTIONS.items():
         console.out.print(heading, style="bold underline")
-        for question in questions:
+        if model == "nano" and group[0].kind == "page":
+            console.out.print("nano cannot read: what it finds here is little better than chance.")
+        for question in group:
             query, hits = ask(searcher, question, examples)
             if reranker is None:
                 results.append((query, hits))
@@ -143,9 +149,11 @@ def demo(
                 orders = {EMBEDDER: hits, RERANKED: ask(searcher, question, examples, rerank=RERANK)[1]}
                 results.append((query, orders))
                 _print_orders(question, orders, examples)
-    write_contact_sheet(out, results, title=f"Quarterlight: {report.num_rows:,} example pictures, pages and texts")
-    console.err.print(f"Wrote {out}: open it in a browser.", markup=False, soft_wrap=True)
-    console.err.print(f'Ask your own: quarterlight search "a red heart" --store {store}', markup=False, soft_wrap=True)
+    write_page(out, results, title=f"Quarterlight: {report.num_rows:,} example pictures, pages and texts")
+    own = f'{console.program()} search "soccer ball" --store {shlex.quote(str(store))}'
+    if model != "nano":
+        own += f" --model {shlex.quote(model)}"
+    console.err.print(f"Wrote {out}: open it in a browser.\nAsk your own: {own}", markup=False, soft_wrap=True)
 
 
 def ask(searcher: Searcher, question: Question, examples: Path, *, rerank: int = 0) -> tuple[Item, list[Hit]]:

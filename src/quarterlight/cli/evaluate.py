@@ -321,7 +321,10 @@ def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
 
     after = ["reranked"] if record["reranker"] else []
     numbers = ("queries", "pool", "score", *after, "chance")
-    table = console.table("task", "metric", *numbers, title=f"{suite.title}, percent", right=numbers)
+    title = f"{suite.title}, percent"
+    if (limit := record["settings"]["limit"]) is not None:
+        title += f"\nat most {limit:,} queries of each task: not the benchmark's numbers"
+    table = console.table("task", "metric", *numbers, title=title, right=numbers)
     for one in record["tasks"]:
         scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
         queries = _of(one["num_scored"], num_asked(one))
@@ -329,6 +332,8 @@ def _print_suite(suite: Suite, record: Mapping[str, Any], page: Path) -> None:
         chance = percent(one["chance"].get(one["metric"]))
         table.add_row(escape(one["name"]), one["metric"], queries, pool, *scores, chance)
     for one in record["averages"]:
+        if one["num_missing"] == one["num_tasks"]:  # of tasks that nobody asked for
+            continue
         scores = [percent(one["score"]), *([percent(one["reranked"])] if after else [])]
         counted = _of(one["num_tasks"] - one["num_missing"], one["num_tasks"])
         table.add_row(escape(one["name"]), f"mean of {counted} tasks", "", "", *scores, style="bold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +16,10 @@ from quarterlight.cli.embed import RayOption, WorkersOption, open_cluster
 from quarterlight.cli.models import QuantizationOption
 from quarterlight.images import describe
 from quarterlight.index import IndexStore, Precision, VectorPrecision
-from quarterlight.index.store import precision_of
+from quarterlight.index.store import models_of, precision_of
 from quarterlight.search.encoder import Encoder, identity_of
-from quarterlight.search.ingest import IngestReport, TokenReport, ingest
-from quarterlight.search.walk import Problem
+from quarterlight.search.ingest import IngestReport, TokenReport, ingest, knows
+from quarterlight.search.walk import Problem, is_gone, walk
 
 if TYPE_CHECKING:
     from quarterlight.search.load import LoadReport
@@ -57,8 +58,11 @@ def index(
 ) -> None:
     """Index pictures, PDF pages and texts, so that `quarterlight search` finds them.
 
-    Run it again to take up what is new, changed, moved or deleted; what has not changed is not read again.
-    Hidden files are left out. Once visual tokens are stored, every later run keeps them up to date.
+    Run it again to take up what is new, changed, moved or deleted; what has not changed is not read again. The name of
+    a file or folder that is gone takes it out of the index. Hidden files are left out, and texts larger than 16 MB.
+    Once visual tokens are stored, every later run keeps them up to date.
+
+    Files that cannot be read are listed. Exit code 1: one of them was named here, or nothing at all is indexed.
 
     \b
     quarterlight index ~/Pictures ~/papers
@@ -85,6 +89,7 @@ def index(
         raise typer.BadParameter("Nothing to index: name files or folders, or shards with --from.")
     if ray is not None and store_visual_tokens is not None:
         raise typer.BadParameter("--ray and --store-visual-tokens do not go together: index without --ray for these.")
+    _check_paths(paths, store)
     cluster = open_cluster(ray, workers, model, quantization)
     embedder: Encoder | None = None
     if cluster is not None:
@@ -109,7 +114,9 @@ def index(
         console.print_json(_about(target) | asdict(report) | {"problems": _records(report.problems)})
     else:
         _print(report, target, quiet)
-    if report.stopped or (strict and report.problems):
+        if not (report.num_rows or report.deleted or report.problems or report.stopped):
+            console.err.print("There was nothing to index.")
+    if report.stopped or (strict and report.problems) or _failed(paths, report, target):
         raise typer.Exit(1)
 
 
@@ -140,6 +147,25 @@ def _load(
             )
     if strict and report.problems:
         raise typer.Exit(1)
+
+
+def _check_paths(paths: Sequence[Path], store: Path) -> None:
+    """Raises InputError for a path that is neither there nor in an index, before a model is loaded."""
+    for path in paths:
+        if is_gone(path) and not any(knows(IndexStore.open(store, model), path) for model in models_of(store)):
+            walk([path])  # raises it
+
+
+def _failed(paths: Sequence[Path], report: IngestReport, store: IndexStore) -> bool:
+    """Whether what was asked for was not done: nothing is indexed, or not what was named itself.
+
+    What lies in a folder that was named counts with ``--strict`` only.
+    """
+    if not report.num_rows and not report.deleted:
+        return True
+    troubled = {problem.path for problem in report.problems}
+    named = [path for path in paths if os.path.abspath(path) in troubled]  # noqa: PTH100 keeps links
+    return any(path.is_dir() or not store.count(within=path) for path in named)
 
 
 def _about(store: IndexStore) -> dict[str, Any]:
@@ -174,7 +200,7 @@ def _print(report: IngestReport, store: IndexStore, quiet: bool) -> None:
         console.err.print(f"Stopped: {report.stopped}", style="red", markup=False, soft_wrap=True)
     if quiet:
         return
-    names = ("new", "changed", "moved", "unchanged", "deleted")
+    names = ("new", "changed", "moved", "copied", "unchanged", "deleted")
     counts = ", ".join(f"{getattr(report, name):,} {name}" for name in names if getattr(report, name))
     problems = f"; {len(report.problems):,} not indexed, see above" if report.problems else ""
     other = f"; {report.num_other:,} of other kinds left alone" if report.num_other else ""

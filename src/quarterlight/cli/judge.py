@@ -40,14 +40,16 @@ def judge(
 ) -> None:
     """Ask a judge whether what was retrieved for a query is relevant to it. A stopped run goes on where it was.
 
-    Writes DATASET.TASK.parquet with the verdicts, report.html with counts and example pairs, and report.json. The key
-    of a server is read from OPENAI_API_KEY.
+    The labels of the data are a judge for what was retrieved with positives hidden; to find what labels missed takes a
+    model. Writes DATASET.TASK.parquet with the verdicts, report.html with counts and example pairs, and report.json.
+    The key of a server is read from OPENAI_API_KEY.
 
     \b
     quarterlight mine --data ~/datasets --top --depth 20 --sample 0 --out retrieved
-    quarterlight judge --data ~/datasets --retrieved retrieved --out judged
     quarterlight judge --data ~/datasets --retrieved retrieved --out judged --backend endpoint \\
         --model Qwen/Qwen3-VL-8B-Instruct --url http://localhost:8000/v1 --concurrency 128
+    quarterlight judge --data ~/datasets --retrieved retrieved --out judged --backend transformers \\
+        --model Qwen/Qwen3-VL-8B-Instruct
     """
     from quarterlight.data.retrieval import find_datasets
     from quarterlight.mining.judge import JudgeRecipe
@@ -85,6 +87,13 @@ def judge(
         for label, one in counts.items():
             table.add_row(label, *(f"{value:,}" for value in (one.pairs, one.yes, one.no, one.undecided, one.failed)))
         console.out.print(table)
+    if backend == "labels" and not any(one.yes for one in counts.values()):
+        console.err.print(
+            "The labels call nothing of this relevant: what they do, `quarterlight mine` has left out. To find what "
+            "they missed, ask a model, with --backend transformers or endpoint.",
+            style="yellow",
+            soft_wrap=True,
+        )
     console.err.print(f"Wrote {out / 'report.html'}.", markup=False, soft_wrap=True)
 
 

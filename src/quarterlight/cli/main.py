@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -54,8 +55,8 @@ GROUP_HELP = {"bench": "Measure speed and memory.", "data": "Convert and check t
 HELP = """Universal multimodal retrieval: find pictures and document pages with words, pictures, or both.
 
     \b
-    quarterlight index ~/Pictures ~/papers
-    quarterlight search "a red apple"
+    quarterlight index examples
+    quarterlight search "woman astronaut"
     quarterlight COMMAND --help      options and an example of each command
 """
 
@@ -107,8 +108,9 @@ class Program(TyperGroup):
             extra = EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
-            raise _stop(f"Error: This needs {error.name}: pip install 'quarterlight[{extra}]'", 1) from None
+            raise _stop(f"Error: This needs {error.name}: pip install -e '.[{extra}]'", 1) from None
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends the process at once, and without a word
             raise _stop("Stopped.", INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit

@@ -49,10 +49,11 @@ def print_plan(recipe: Recipe, stages: Sequence[StagePlan], *, devices: int | No
         console.out.print(
             f"The batches of the recipe are meant for {recipe.devices} devices, not {count}.", soft_wrap=True
         )
+    told = any(stage.paper_samples or stage.paper_hours for stage in stages)
     for sentence in (
         "batch, tokens, visual: of one optimiser step on all devices.",
         "GB: memory of one device, without what the allocator wastes.",
-        "In brackets: what the paper reports, on 48 A800.",
+        *["In brackets: what the paper reports, on 48 A800."] * told,
         f"hours: work / ({count} x {kind.tflops:g} TFLOP/s x utilisation). Utilisation: {utilisation}.",
         "work: tower, connector and language model; forward, backward through what is trained, what is computed twice.",
         f"Assumed: {'; '.join(ASSUMPTIONS)}.",

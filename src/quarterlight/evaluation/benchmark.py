@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,9 +100,9 @@ def check(
         except DatasetError as error:
             reasons[task.name] = " ".join(str(error).split())
     if reasons and (not skip_missing or len(reasons) == len(tasks)):
-        first = next(iter(reasons.values()))
+        first = next(iter(reasons.values())).rstrip(".")
         others = f"; and so {len(reasons) - 1} more: {', '.join(list(reasons)[1:])}" if len(reasons) > 1 else ""
-        raise DatasetError(f"{len(reasons)} of {len(tasks)} tasks cannot be read. {first}{others}")
+        raise DatasetError(f"{len(reasons)} of {len(tasks)} tasks cannot be read. {first}{others}.")
     return reasons, opened
 
 
@@ -113,7 +114,7 @@ def run_suite(
     *,
     not_run: Mapping[str, str] | None = None,
     limit: int | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     on_task: Callable[[SuiteTask], None] = lambda task: None,
     on_result: Callable[[SuiteTask, TaskResult], None] = lambda task, result: None,
 ) -> SuiteRecord:
@@ -148,7 +149,7 @@ def run_suite(
             }
         )
         if folder is not None:
-            write_task(folder, one.name, task, result)
+            write_task(Path(folder), one.name, task, result)
         on_result(one, result)
     return SuiteRecord(
         suite=suite.name,

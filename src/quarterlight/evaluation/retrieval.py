@@ -13,6 +13,7 @@ Q queries, K candidates that are reranked or kept.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -229,7 +230,7 @@ class RetrievalEvaluator:
         rerank: int = RERANK,
         fusion_weight: float | None = None,
         on_rerank: Callable[[int, int], None] = lambda done, total: None,
-        embeddings: Path | None = None,
+        embeddings: str | os.PathLike[str] | None = None,
         depth: int = 0,
     ) -> None:
         if rerank < 1:
@@ -252,13 +253,12 @@ class RetrievalEvaluator:
             self._query_vectors = _Vectors(embedder.encode_query)
             self._candidate_vectors = _Vectors(embedder.encode_document)
         else:
-            store = _Store(embedder, embeddings)
+            folder = Path(embeddings)
+            store = _Store(embedder, folder)
             self._query_vectors = _StoredVectors(store, "query")
             self._candidate_vectors = _StoredVectors(store, "document")
             if reranker is not None:
-                self._pairs = PairScores(
-                    reranker.predict, folder=embeddings / reranker.model_hash / "pairs", key=store.key
-                )
+                self._pairs = PairScores(reranker.predict, folder=folder / reranker.model_hash / "pairs", key=store.key)
 
     def evaluate(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 import shutil
 import tarfile
@@ -153,7 +154,9 @@ def load_suite(name: str) -> Suite:
     )
 
 
-def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = None) -> RetrievalTask:
+def open_task(
+    task: SuiteTask, data: str | os.PathLike[str] | None, *, pictures: str | os.PathLike[str] | None = None
+) -> RetrievalTask:
     """Reads a task, with the instructions of its suite in its items.
 
     data: directory of the suite's datasets, each as it is published, in a folder named as its repository or as
@@ -161,7 +164,7 @@ def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = Non
     pictures: where pictures that lie in tables are kept as files; by default in the hub's cache of assets.
     Raises DatasetError, with what to do, for data that is missing, offline, of another revision or breaks its layout.
     """
-    folder = _download(task) if data is None else _local(task, data)
+    folder = _download(task) if data is None else _local(task, Path(data))
     revision = _revision(folder, task.files)
     if task.revision and revision and revision != task.revision and _is_pinned_repository(task, folder):
         raise DatasetError(
@@ -182,7 +185,7 @@ def open_task(task: SuiteTask, data: Path | None, *, pictures: Path | None = Non
         folder=folder,
         options=options,
         max_tiles=task.max_tiles,
-        pictures=pictures or _assets("pictures"),
+        pictures=Path(pictures) if pictures else _assets("pictures"),
         revision=revision,
     )
     opened = replace(LOADERS[task.loader](source), pictures_revision=pictures_revision)

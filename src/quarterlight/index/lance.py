@@ -29,7 +29,8 @@ def readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"The index in {describe(folder)} cannot be read: {_reason(error)}.") from error
+        advice = "" if isinstance(error, PermissionError) else " If this stays so, delete the folder and index again."
+        raise StoreError(f"The index in {describe(folder)} cannot be read: {_reason(error)}.{advice}") from error
 
 
 @contextlib.contextmanager

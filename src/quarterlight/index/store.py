@@ -126,12 +126,7 @@ class IndexStore:
     def open(cls, folder: str | os.PathLike[str], model: ModelIdentity) -> IndexStore:
         """The existing table of ``model``.  Raises StoreError when there is no store, or only of other models."""
         folder = Path(folder)
-        known = models_of(folder)
-        if not known:
-            raise StoreError(
-                f"There is no index in {describe(folder)}. Make one with `quarterlight index FOLDER --store "
-                f"{describe(folder)}`, or name the folder of an existing one with --store."
-            )
+        known = models_in(folder)
         if model.hash not in {other.hash for other in known}:
             others = " and ".join(map(str, known))
             raise StoreError(
@@ -196,9 +191,9 @@ class IndexStore:
                 ) from None
             yield
 
-    def count(self, kind: Kind | None = None) -> int:
-        """The number of rows, of one kind or in all."""
-        where = _where(kind, None)
+    def count(self, kind: Kind | None = None, *, within: str | os.PathLike[str] | None = None) -> int:
+        """The number of rows in all, or of one kind, or of this file or the files in this folder."""
+        where = _where(kind, within)
         with readable(self.folder):
             return int(self._table.count_rows(where.to_sql() if where is not None else None))
 
@@ -353,6 +348,17 @@ def models_of(folder: str | os.PathLike[str]) -> list[ModelIdentity]:
     """The models that have a table in a store, oldest first; none when there is no store."""
     found = [_read_manifest(manifest) for manifest in Path(folder).glob("vectors_*.json")]
     return [model for _, model, _ in sorted(found, key=lambda one: one[0])]
+
+
+def models_in(folder: str | os.PathLike[str]) -> list[ModelIdentity]:
+    """The same where there must be some. Raises StoreError when there is no store."""
+    found = models_of(folder)
+    if not found:
+        raise StoreError(
+            f"There is no index in {describe(folder)}. Make one with `quarterlight index FOLDER --store "
+            f"{describe(folder)}`, or name the folder of an existing one with --store."
+        )
+    return found
 
 
 def precision_of(folder: str | os.PathLike[str], model: ModelIdentity) -> VectorPrecision | None:

@@ -261,7 +261,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 def load_adapter(model: Any, folder: Path) -> set[str]:
     """Puts the adapter of a folder into the model; returns the names of the weights that it lacks."""
     if not is_peft_available():
-        raise CheckpointError(f"{folder} holds an adapter, which needs peft: pip install 'quarterlight[train]'.")
+        raise CheckpointError(f"{folder} holds an adapter, which needs peft: pip install -e '.[train]'.")
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     # Not model.load_adapter: after it, transformers saves the model's own weights under names that it cannot read.

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +34,7 @@ from quarterlight.models.checkpoint import (
     weights_hash,
     what_merges,
 )
+from quarterlight.models.device import find_device
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.packed import embed_packed
 from quarterlight.models.pooling import Attention, PoolingMode, embed
@@ -174,7 +175,7 @@ class Embedder:
             or another setting that does not exist.
         """
         folder = resolve_checkpoint(model)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = find_device(device)
         released = preset_of(model, folder, preset)
         backbone, processor = load_backbone(
             folder,
@@ -721,4 +722,9 @@ class LastUsed:
 def as_list(items: ItemLike | Sequence[ItemLike]) -> Sequence[ItemLike]:
     if isinstance(items, (str, bytes, os.PathLike, Image.Image, Mapping, Item, ArchiveMember)):
         return [items]  # type: ignore[list-item]
+    if not isinstance(items, Iterable):
+        raise InputError(
+            f"Expected an item (text, a pathlib.Path, a PIL image, a mapping or an Item) or several, got "
+            f"{type(items).__name__}."
+        )
     return list(items)

@@ -202,6 +202,7 @@ class InputFormatter:
             raise InputError(f"Item {position} has neither text nor image: give at least one.")
         if item.instruction is not None:
             instruction = item.instruction
+        check_instruction(instruction)
         if instruction is None:
             defaults = self.settings.instructions[role]
             page = modality == "image" and self.max_tiles(item) > 1
@@ -273,3 +274,9 @@ class InputFormatter:
             if pairs := list(chain.from_iterable(grids)):
                 inputs["grids"] = torch.tensor(pairs)
         return inputs
+
+
+def check_instruction(instruction: str | None) -> None:
+    """Raises InputError for an instruction that is no text."""
+    if instruction is not None and not isinstance(instruction, str):
+        raise InputError(f"An instruction is a string, or None for the default one; got {type(instruction).__name__}.")

@@ -41,6 +41,7 @@ from quarterlight.models.checkpoint import (
     saved_tensors,
     weight_files,
 )
+from quarterlight.models.device import find_device
 from quarterlight.models.embedder import Embedder, best_dtype
 from quarterlight.models.reranker import Reranker
 
@@ -117,7 +118,7 @@ def load_pair(
     inside = folder / RERANKER
     if not (inside / "config.json").is_file():
         raise CheckpointError(f"{folder} has no reranker inside: train one with the stage rerank of a recipe.")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = find_device(device)
     settings, reranker_settings = load_settings(folder), load_reranker_settings(inside)
     dtype = dtype or best_dtype(place)
     loading: dict[str, Any] = {"dtype": dtype, "device": place, "merge": False}

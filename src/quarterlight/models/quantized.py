@@ -39,7 +39,7 @@ def quantize(model: Any, quantization: Quantization) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise CheckpointError(
-            f"quantization={quantization!r} needs torchao ({error}): pip install 'quarterlight[int8]'."
+            f"quantization={quantization!r} needs torchao ({error}): pip install -e '.[int8]'."
         ) from error
     base = model.base_model
     for name in layers_of(base):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quarterlight.errors import CheckpointError, InputError
-from quarterlight.models.inputs import SegmentTokenizer, TokenizedPrompt, frame_ids
+from quarterlight.models.inputs import SegmentTokenizer, TokenizedPrompt, check_instruction, frame_ids
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import RerankerSettings
 from quarterlight.prompts import RerankPart, RerankPrompt
@@ -91,6 +91,7 @@ class RerankFormatter:
             raise InputError("The query has neither text nor image: give at least one.")
         if item.instruction is not None:
             instruction = item.instruction
+        check_instruction(instruction)
         if instruction is None:
             instruction = self.settings.instructions[item.modality]
         return RerankPart(instruction=instruction, num_images=len(item.images), text=item.text or "")

@@ -39,6 +39,7 @@ from quarterlight.models.checkpoint import (
     vision_hash,
     weights_hash,
 )
+from quarterlight.models.device import find_device
 from quarterlight.models.embedder import Embedder, LastUsed, VisualTokens, as_list, best_dtype
 from quarterlight.models.inputs import TokenizedPrompt
 from quarterlight.models.processor import VTCProcessor
@@ -116,7 +117,7 @@ class Reranker:
         """
         folder = reranker_folder(model)
         settings = load_reranker_settings(folder)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = find_device(device)
         backbone, processor = load_backbone(folder, dtype=dtype or best_dtype(place), device=place, language_head=True)
         self._assemble(backbone, processor, settings, str(model), tokens_per_batch, num_workers)
         self._folder = folder

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import pickle
+import socket
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,12 @@ MODEL_CPUS = 0.8
 
 DECODER_CPUS = 0.2
 """Claimed by an actor that decodes where models are on CPUs; beside models on GPUs it is 1."""
+
+CONNECT_SECONDS = 5.0
+"""How long the machine of an address may take to answer; Ray itself would try for many minutes."""
+
+CLIENT_PORT = 10001
+"""Of ``ray://`` addresses that name none, as Ray has it."""
 
 MAX_BLOCKS = 2000
 """Pieces in which shards are handed out; Ray's bookkeeping grows with them."""
@@ -58,9 +66,11 @@ class Cluster:
         if not ray.is_initialized():
             options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
+                _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split()).rstrip(".")
+            except (OSError, ValueError, RuntimeError) as error:
+                told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                reason = " ".join(told.split()).rstrip(".")
                 raise InputError(
                     f"There is no Ray cluster at {address!r}: {reason}. Start one with `ray start --head`, or use "
                     "`--ray local` for this machine."
@@ -123,6 +133,14 @@ class Cluster:
         if num_gpus:
             return num_workers, {"num_gpus": 1, "num_cpus": 0}, max(1, num_cpus - 1), {"num_cpus": 1}
         return num_workers, {"num_cpus": MODEL_CPUS}, max(1, num_cpus), {"num_cpus": DECODER_CPUS}
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody answers at ``HOST:PORT`` or ``ray://HOST``; other addresses are names for Ray."""
+    place = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
+    if place.hostname and port:
+        socket.create_connection((place.hostname, port), timeout=CONNECT_SECONDS).close()
 
 
 def open_embedder(model: str, quantization: Quantization | None = None) -> Encoder:

@@ -126,7 +126,8 @@ def _card(rank: int, hit: Hit, best: float) -> str:
         picture = f'<span class="picture {hit.kind}">{_image(hit.thumbnail, name)}</span>'
     else:
         picture = f'<span class="picture words"><span>{_text(hit.snippet)}</span></span>'
-    place = f"page {hit.page}" if hit.page else f"{hit.width} × {hit.height}" if hit.kind == "image" else ""
+    part = f"page {hit.page}" if hit.page else f"section {hit.section}" if hit.section else ""
+    place = f"{hit.width} × {hit.height}" if hit.kind == "image" else part
     details = " · ".join(_text(part) for part in (f"#{rank}", hit.title, place) if part)
     if hit.rerank_score is not None:
         width = 100 * hit.rerank_score

@@ -29,7 +29,7 @@ from quarterlight.search.documents import BrokenPart, Part, place_of, read_again
 from quarterlight.search.embed import EmbedConfig, Engine, Group, cut, pieces_of, reasons_of, whole_shards
 from quarterlight.search.encoder import Encoder, Eyes, Tokens, encode_each
 from quarterlight.search.reading import ReadAhead
-from quarterlight.search.walk import READERS, FoundFile, Problem, Walk, walk
+from quarterlight.search.walk import READERS, FoundFile, Problem, Walk, is_gone, walk
 
 _ROWS_OF_A_COPY = 10  # a guess: the rows of a file that is a copy are fetched when they are written
 
@@ -68,7 +68,8 @@ class TokenReport:
 class IngestReport:
     """What happened to each file, and what could not be indexed.
 
-    new, changed, moved, unchanged, deleted: numbers of files; moved ones were known under another name or time.
+    new, changed, moved, copied, unchanged, deleted: numbers of files; moved ones were known under another name or
+        time, copied ones show what is also in another file that is still there.
     num_other: files of kinds that are not indexed.  num_rows: rows of the table afterwards.
     problems: one for each file, folder or page that is not in the index.
     stopped: why indexing ended early, e.g. a full disk; what was written before is in the index.
@@ -78,6 +79,7 @@ class IngestReport:
     new: int = 0
     changed: int = 0
     moved: int = 0
+    copied: int = 0
     unchanged: int = 0
     deleted: int = 0
     num_other: int = 0
@@ -133,14 +135,14 @@ def ingest(
         the same eyes; what is known already but has none is looked at again.  ``None`` keeps them where the store has
         some of these eyes, in the precision they have.
     on_progress: called with the numbers of files done and in all.
-    Raises InputError when one of ``paths`` does not exist, or an engine should make visual tokens, StoreError when
-    another process writes to the store.
+    Raises InputError when one of ``paths`` does not exist and the table knows nothing of it, or an engine should make
+    visual tokens, StoreError when another process writes to the store.
     """
     assert (encoder is None) != (engine is None)
     started = time.monotonic()
     roots = list(paths)
     with store.writing():
-        found = walk(roots, skip=store.folder)
+        found = walk([root for root in roots if not (is_gone(root) and knows(store, root))], skip=store.folder)
         config = config or IngestConfig()
         token_store = _token_store(store, encoder, visual_tokens)
         tokens = _TokenWriter(token_store, config.token_bytes_per_write) if token_store else None
@@ -160,6 +162,11 @@ def ingest(
     run.report.problems.sort()
     run.report.seconds = time.monotonic() - started
     return run.report
+
+
+def knows(store: IndexStore, path: str | os.PathLike[str]) -> bool:
+    """Whether the table has rows of this file, or of files in this folder, whether it is still there or not."""
+    return any(not is_item(uri) for uri in store.files(within=path))
 
 
 def _token_store(store: IndexStore, encoder: Encoder | None, precision: Precision | None) -> VisualTokenStore | None:
@@ -434,7 +441,11 @@ class _Run:
         for document in documents:
             if document.copy_of:
                 self._report_broken(document.file.path, document.rows[0].problems)
-            self._done("moved" if document.copy_of else "changed" if document.uri in self.known else "new")
+            if document.copy_of:
+                is_moved = document.copy_of == document.uri or is_gone(path_of(document.copy_of))
+                self._done("moved" if is_moved else "copied")
+            else:
+                self._done("changed" if document.uri in self.known else "new")
         self.last_commit = time.monotonic()
 
     def _fill_copies(self, documents: Sequence[_Document]) -> None:
@@ -454,7 +465,7 @@ class _Run:
     def _report_broken(self, path: str, reasons: Iterable[str]) -> None:
         self.report.problems.extend(Problem(path, reason) for reason in reasons)
 
-    def _done(self, what: Literal["new", "changed", "moved", "unchanged"] | None) -> None:
+    def _done(self, what: Literal["new", "changed", "moved", "copied", "unchanged"] | None) -> None:
         if what is not None:
             setattr(self.report, what, getattr(self.report, what) + 1)
         self.num_done += 1

@@ -76,6 +76,17 @@ class Walk:
         return False
 
 
+def is_gone(path: str | os.PathLike[str]) -> bool:
+    """Whether there is nothing at this path; what cannot be looked at is not gone."""
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def walk(roots: Iterable[str | os.PathLike[str]], *, skip: str | os.PathLike[str] | None = None) -> Walk:
     """All files to index in some files and folders, in order of their names.
 

@@ -9,7 +9,7 @@
 
 Frames are decoded once, evenly over the video, and kept as JPEG files beside the other pictures of tables, with a list
 of them for each video, by its path, size and time of change, and the number of frames.  Needs PyAV:
-``pip install quarterlight[video]``.
+``pip install -e '.[video]'``.
 """
 
 from __future__ import annotations
@@ -177,5 +177,5 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise DatasetError("Videos are read with PyAV: pip install 'quarterlight[video]'.") from error
+        raise DatasetError("Videos are read with PyAV: pip install -e '.[video]'.") from error
     return av

@@ -21,7 +21,7 @@ from quarterlight.records import ImageSource
 try:
     import httpx2
 except ImportError as error:
-    raise JudgeError("Judging by a server needs httpx2: pip install 'quarterlight[train]'.") from error
+    raise JudgeError("Judging by a server needs httpx2: pip install -e '.[train]'.") from error
 
 _TOP_LOGPROBS = (20, 5, None)
 """How many likely tokens are asked for; a server that refuses is asked for fewer, at last for none."""

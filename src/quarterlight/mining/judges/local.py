@@ -21,6 +21,7 @@ from quarterlight.errors import CheckpointError, ImageError
 from quarterlight.mining.judges import Pair, Verdict, shown, spelling
 from quarterlight.models.backbones import our_model_type
 from quarterlight.models.checkpoint import load_backbone, resolve_checkpoint
+from quarterlight.models.device import find_device
 from quarterlight.models.embedder import best_dtype
 
 _AHEAD = 32  # pairs that are prepared while the model computes
@@ -71,7 +72,7 @@ class TransformersJudge:
         self.name = str(model)
         self.tokens_per_batch = tokens_per_batch
         self.max_pixels = max_pixels
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         folder = resolve_checkpoint(model)
         self._model, self.processor, self._template = _load(folder, dtype or best_dtype(self.device), self.device)
         yes, no = answer_tokens(self.processor.tokenizer, folder)
