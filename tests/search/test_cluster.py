@@ -89,7 +89,8 @@ def broken() -> FakeEncoder:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_nobody_at_the_address(address: str) -> None:
+def test_nobody_at_the_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever the other tests have started
     with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free once it is closed
         port = server.getsockname()[1]
     with pytest.raises(InputError, match=rf"no Ray cluster at '.*{port}': Connection refused. Start one with"):
