@@ -144,8 +144,8 @@ def _compile(
 
 
 def _own(function: Any) -> Any:
-    """The same function with code of its own: torch counts what it compiled by code, and allows eight for all models of
-    a process that share it."""
+    """The same function with code of its own: torch counts what it compiled by code, and allows eight for all that share
+    it, which are all models of a process, and by a wrapper of transformers all classes of layers."""
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -153,7 +153,7 @@ def _own(function: Any) -> Any:
         function.__defaults__,
         function.__closure__,
     )
-    own.__kwdefaults__ = function.__kwdefaults__
+    own.__kwdefaults__, own.__qualname__ = function.__kwdefaults__, function.__qualname__
     return own
 
 
