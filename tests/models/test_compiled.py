@@ -17,6 +17,7 @@ from torch._inductor import config as inductor_config
 
 from quarterlight import Item
 from quarterlight.errors import InputError
+from quarterlight.models import compiled
 from quarterlight.models.checkpoint import load_backbone, load_settings, save_checkpoint
 from quarterlight.models.embedder import Embedder
 from quarterlight.models.internvl_vtc import InternVLVTCConfig, InternVLVTCModel
@@ -70,17 +71,20 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-def test_compiled_is_eager(one_layer: Path, items: list[Any]) -> None:
+def test_compiled_is_eager(one_layer: Path, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real compiler, which takes long: one function for the tower and, without padding, one for texts."""
     torch._dynamo.reset()
-    plain = Embedder(one_layer, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(compiled, "TILES", (3,))
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "packed": True}
+    plain = Embedder(one_layer, **options)
     with inductor_config.patch(compile_threads=1):
-        embedder = Embedder(one_layer, dtype=torch.float32, device="cpu", compile=True)
-    compiled = embedder.compiled
-    assert compiled is not None
-    assert (compiled.tower, compiled.language_model, compiled.failure) == (1, 1, "")
+        embedder = Embedder(one_layer, compile=True, **options)
+    found = embedder.compiled
+    assert found is not None
+    assert (found.tower, found.language_model, found.failure) == (1, 1, "")
     assert embedder.model_hash == plain.model_hash
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for some in (items, items[4:7], items[:1]):
+    for some in (["one", "two three"], [Item(image=picture(1, 128, 128), max_tiles=4), "four", picture(2)]):
         np.testing.assert_allclose(embedder.encode_document(some), plain.encode_document(some), rtol=0, atol=1e-5)
     assert embedder.work.layers_compiled > 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made  # no size of a batch compiles anything anew

@@ -144,8 +144,8 @@ def _compile(
 
 
 def _own(function: Any) -> Any:
-    """The same function with code of its own: torch counts what it compiled by code, and allows eight for all that share
-    it, which are all models of a process, and by a wrapper of transformers all classes of layers."""
+    """The same function with code of its own: torch allows eight compiled ones for all functions that share their code,
+    which are those of all models of a process, and by a wrapper of transformers even of all classes of layers."""
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
