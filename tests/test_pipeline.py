@@ -356,6 +356,13 @@ def test_merging_in_the_tower_is_a_setting_of_the_model(tmp_path: Path) -> None:
     )
     assert len({told, other, untold}) == 3
     assert untold == _Pipeline(recipe(), DATA, tmp_path).fingerprint("start")
+    assert untold == _Pipeline(with_merging(0), DATA, tmp_path).fingerprint("start")
+
+    def begun_with(checkpoint: Path, share: float | None) -> str:
+        model = {"checkpoint": str(checkpoint), "vision_token_merging": share}
+        return _Pipeline(recipe(start=None, model=model), DATA, tmp_path / "other").fingerprint("warmup")
+
+    assert begun_with(folder, 0.0) != begun_with(folder, None)  # this one merges, unless it is told not to
 
 
 def test_what_cannot_be_run_is_said(finished: Path, tmp_path: Path) -> None:

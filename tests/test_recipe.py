@@ -85,6 +85,10 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("warmup.weights={emoji/t2i: 1.0}", "names more than once"),
         ("model.vision.hiden_size=128", "hiden_size.*Did you mean 'hidden_size'"),
         ("model.text.vocab_size=128", "unknown key 'vocab_size'"),
+        (
+            "model={vision_token_merging: 0.5, attn_implementation: flash_attention_2, checkpoint: x}",
+            "vision_token_merging needs model.attn_implementation eager or sdpa, got 'flash_attention_2'",
+        ),
         ("teacher=null", "no teacher stage"),
     ],
 )

@@ -8,7 +8,8 @@ as nano was made with s = 2, the trained row of s = 2 without merging says what 
 mean P@1 of some tasks of the suite mini (``TASKS``), on a sample of their test queries, in whole pools.  Cost is the
 time and the operations of embedding a picture: all settings take turns in one process.
 
-Whatever is finished is kept in ``--out`` and not done again; a stopped training goes on.
+Whatever is finished is kept in ``--out`` and not done again; a stopped training goes on.  With other options, ``--out``
+must be another folder.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ def main() -> None:
         __doc__, trunk=False, steps=12, batch=32, rate=2e-4, queries=200, pictures=64, rounds=6
     )
     root = arguments.out / "pareto"
+    claim(root, arguments)
     cost = kept(root / "cost.json", lambda: costs(arguments))
     scores: dict[str, dict[str, dict[str, float]]] = {one.id: {} for one in SETTINGS}
     # what is compared most closely first, so that a run that is stopped has something to say
@@ -169,16 +171,32 @@ def main() -> None:
         write(scores, cost, arguments)
 
 
+OPTIONS = ("steps", "batch", "rate", "queries", "pictures", "rounds")
+
+
+def claim(root: Path, arguments: argparse.Namespace) -> None:
+    """Refuses a folder that was begun with other options, data or weights, of which results are kept in it."""
+    made = {name: getattr(arguments, name) for name in OPTIONS}
+    made |= {"data": str(arguments.data.resolve()), "start": Embedder("nano").model_hash}
+    file = root / "options.json"
+    if not file.exists():
+        if (root / "cost.json").exists():
+            raise SystemExit(f"{root} does not say with which options it was begun: choose another --out.")
+        root.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(made, indent=1))
+    elif (before := json.loads(file.read_text())) != made:
+        raise SystemExit(f"{root} was begun with {before}, not {made}: choose another --out.")
+
+
 def write(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]],
     cost: Mapping[str, Mapping[str, Any]],
     arguments: argparse.Namespace,
 ) -> None:
     """The results so far."""
-    names = ("steps", "batch", "rate", "queries", "pictures", "rounds")
     record = {
         "benchmark": "pareto",
-        "settings": {name: getattr(arguments, name) for name in names},
+        "settings": {name: getattr(arguments, name) for name in OPTIONS},
         "rows": {
             one.id: {"s": one.s, "merging": one.merging, "p@1": scores[one.id], "cost": cost[one.id]}
             for one in SETTINGS

@@ -212,11 +212,11 @@ class _Pipeline:
         What does not change it (how often to save, log and validate, how many workers) is left out.  A stage that is
         read counts as what lies in its folder, or as what this recipe would put there.
         """
-        model = {
-            name: value
-            for name, value in asdict(self.recipe.model).items()
-            if value is not None or name not in ("preset", MERGING)
-        }
+        model = asdict(self.recipe.model)
+        if model["preset"] is None:
+            del model["preset"]
+        if model[MERGING] is None or self._merges_nothing():
+            del model[MERGING]
         for name, value in _UNSAID.items():
             model[name] = value if model[name] is None else model[name]
         settings: dict[str, Any] = {"seed": self.recipe.seed, "model": model}
@@ -242,6 +242,13 @@ class _Pipeline:
             settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
         before = {one: self.manifest(one).get("fingerprint") or self.fingerprint(one) for one in self._reads(stage)}
         return hashlib.sha256(json.dumps([settings, before, self.inputs(stage)], sort_keys=True).encode()).hexdigest()
+
+    def _merges_nothing(self) -> bool:
+        """Whether the recipe asks for no merging, and the checkpoints that it begins with have none anyway."""
+        if self.recipe.model.vision_token_merging != 0:
+            return False
+        begun = (self.recipe.model.checkpoint, self.recipe.rerank and self.recipe.rerank.checkpoint)
+        return not any(getattr(load_config(resolve_checkpoint(one)), MERGING, 0) for one in begun if one)
 
     def _reads(self, stage: str) -> list[str]:
         """The stages whose folders a stage reads."""

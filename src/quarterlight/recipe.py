@@ -19,6 +19,7 @@ from quarterlight.errors import InputError, RecipeError, check_least, check_shar
 from quarterlight.mining.judge import JudgeRecipe
 from quarterlight.mining.negatives import MineRecipe
 from quarterlight.mining.teaching import TeachRecipe
+from quarterlight.models.merging import MASKED_ATTENTION
 from quarterlight.training.augment import AugmentRecipe
 from quarterlight.training.contrast import ContrastRecipe
 from quarterlight.training.distill import DistillRecipe
@@ -212,6 +213,11 @@ class ModelRecipe:
             )
         if self.checkpoint is not None and given:
             raise RecipeError(f"model.checkpoint brings its own sizes, so model.{given[0]} cannot be given beside it.")
+        if self.vision_token_merging and self.attn_implementation not in MASKED_ATTENTION:
+            raise RecipeError(
+                f"model.vision_token_merging needs model.attn_implementation {' or '.join(MASKED_ATTENTION)}, got "
+                f"{self.attn_implementation!r}."
+            )
         if self.checkpoint is None and len(given) < len(new):
             lacking = next(name for name in new if name not in given)
             raise RecipeError(f"model needs checkpoint, or all of vision, text and vocab_size; it lacks {lacking!r}.")

@@ -165,6 +165,39 @@ def test_unknown_names() -> None:
         assert message in result.output
 
 
+@pytest.mark.parametrize("number", [3, 4, 7])
+def test_there_are_as_many_items_as_were_asked_for(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_infer, "PICTURE_PIXELS", (60, 80))
+    monkeypatch.setattr(bench_infer, "PAGE_PIXELS", (160, 160))
+    for name, mixture in bench_infer.MIXTURES.items():
+        if mixture:
+            groups = bench_infer._items(tmp_path / name, mixture, number)
+            assert sum(len(items) for _, items in groups) == number and all(items for _, items in groups)
+
+
+def test_peaks_are_taken_before_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Peak(MemoryPeak):
+        def __enter__(self) -> MemoryPeak:
+            done.append("peak")
+            return super().__enter__()
+
+    def encode(_: Any) -> Any:
+        done.append("run")
+        return np.ones((1, 2), dtype=np.float32)
+
+    monkeypatch.setattr(bench_infer, "MemoryPeak", Peak)
+    bench = bench_infer._Run(model="", shape=None, repeats=2, dtype=None, device="cpu", one_by_one=False)
+    found: dict[str, Any] = {}
+    peaks: dict[str, float | None] = {}
+    rounds({"a": lambda: bench._encode("a", bench_infer.System(encode, 1), [], found, peaks)}, 2, "cpu")
+    assert done == ["peak", "run", "run", "run"]
+    assert set(found) == set(peaks) == {"a"}
+
+
 def test_rounds_take_turns() -> None:
     order: list[str] = []
     times = rounds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")

@@ -89,6 +89,7 @@ def test_what_cannot_be_done(tmp_path: Path) -> None:
         (["--from", str(tmp_path / "none.json"), "--plot", str(tmp_path / "a.png")], "cannot be read"),
         (["--clock", "moon"], "wall or processor"),
         (["--kind", "pages"], "Did you mean 'page'"),
+        (["--model", "nowhere", "--plot", str(tmp_path / "a.gif")], "a .png or .svg file"),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 1 and message in " ".join(result.output.split()), result.output

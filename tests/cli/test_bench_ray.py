@@ -39,7 +39,12 @@ def test_everything_is_embedded_by_each_in_turn(kind: str, tmp_path: Path, monke
 
 
 def test_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+
     class Here(Local):
+        def check(self) -> None:
+            checked.append(len(counts))
+
         def identity(self) -> ModelIdentity:
             return identity_of(FakeEncoder())
 
@@ -55,6 +60,8 @@ def test_record(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(program(), [*arguments, "--kind", "text"])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout.splitlines()[-1])
+    assert checked == [2, 2]
+    assert "120 items are too few shards for 2 workers" in result.output and "--items 800" in result.output
     assert counts == [cell["workers"] for cell in record["cases"]] == [1, 2]
     assert all(cell["kind"] == "text" and cell["items_per_s"]["median"] > 0 for cell in record["cases"])
 

@@ -122,21 +122,5 @@ def test_ratios_pair_the_times_of_a_round() -> None:
     assert bench_train._steps("plain", 6, slow).peak_gib is None
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="memory of the GPU is told")
-def test_peak_forgets_what_was_freed() -> None:
-    size = 300 << 20
-    bench_train._reset_peak()
-    before = bench_train._peak()
-    block = torch.ones(size, dtype=torch.uint8)
-    with_block = bench_train._peak()
-    del block
-    bench_train._reset_peak()
-    after = bench_train._peak()
-    assert before is not None and with_block is not None and after is not None
-    assert with_block - before == pytest.approx(size, rel=0.1)
-    assert with_block - after == pytest.approx(size, rel=0.1)
-
-
 def test_alone_is_another_process() -> None:
     assert bench_train._alone(os.getpid) != os.getpid()

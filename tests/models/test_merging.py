@@ -25,8 +25,8 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc import InternVLVTCConfig, InternVLVTCModel
 from quarterlight.models.merging import Merged, lengths, merges, most_similar, turning_order
 from quarterlight.records import Item
-from quarterlight.training.contrast import PromptEmbedder
 from quarterlight.training.optimizer import recompute_activations
+from quarterlight.training.prompt_embedder import PromptEmbedder
 
 MakePicture = Callable[..., Image.Image]
 
@@ -263,9 +263,10 @@ def test_runs_under_autocast(tiny_values: dict[str, Any], attention: str) -> Non
 def merging_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any], tiny_checkpoint: Path
 ) -> Path:
-    """As ``tiny_checkpoint``, with four layers in the tower and half of their patches merged."""
+    """As ``tiny_checkpoint``, with three layers in the tower, one behind it, and half of the patches merged."""
     _, processor = load_backbone(tiny_checkpoint)
-    model = model_of(deep(tiny_values), 0.5)
+    values = deep(tiny_values, 3)
+    model = model_of(values | {"text_config": values["text_config"] | {"num_hidden_layers": 1}}, 0.5)
     return save_checkpoint(
         tmp_path_factory.mktemp("merging") / "tiny", model, processor, load_settings(tiny_checkpoint)
     )

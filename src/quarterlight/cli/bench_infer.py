@@ -71,6 +71,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 ASKED_FOR = (COMPILED, INT8)
 """Systems that run only when they are named: one compiles for a minute, one needs torchao."""
 
+OTHERS = (UNSHARED, COMPILED, INT8, OURS_1, TRANSFORMERS, SENTENCE_TRANSFORMERS)
+SYSTEMS_HELP = f"What ours is compared with; may be repeated: {', '.join(map(repr, OTHERS))}."
+
 
 class System(NamedTuple):
     """What embeds. encode: groups of items -> embeddings in that order.  compression: its s.  ours: of our systems.
@@ -94,7 +97,7 @@ def bench_throughput(
     items: Annotated[int, typer.Option(min=3, help="Items of a workload.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every system once. One more warms up.")] = 5,
     systems: Annotated[
-        list[str] | None, typer.Option("--system", help="What ours is compared with.", show_default="all")
+        list[str] | None, typer.Option("--system", help=SYSTEMS_HELP, show_default="all but compiled and int8")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the faster here.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
@@ -122,7 +125,7 @@ def bench_latency(
     items: Annotated[int, typer.Option(min=1, help="Texts, pictures and pages, of each so many.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every system once. One more warms up.")] = 5,
     systems: Annotated[
-        list[str] | None, typer.Option("--system", help="What ours is compared with.", show_default="all")
+        list[str] | None, typer.Option("--system", help=SYSTEMS_HELP, show_default="all but compiled and int8")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the faster here.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
@@ -160,8 +163,7 @@ class _Run:
 
         from quarterlight.models.embedder import best_dtype
 
-        known = (UNSHARED, COMPILED, INT8, OURS_1, TRANSFORMERS, SENTENCE_TRANSFORMERS)
-        others = [one for one in _chosen(wanted, known, "system") if wanted or one not in ASKED_FOR]
+        others = [one for one in _chosen(wanted, OTHERS, "system") if wanted or one not in ASKED_FOR]
         if self.dtype not in (None, "float32", "bfloat16"):
             raise InputError(f"--dtype is float32 or bfloat16, got {self.dtype!r}.")
         dtype = getattr(torch, self.dtype) if self.dtype else best_dtype(torch.device(self.device))
@@ -272,18 +274,19 @@ class _Run:
         found: dict[str, npt.NDArray[np.float32]],
         peaks: dict[str, float | None],
     ) -> None:
+        if name not in peaks:  # the round that warms up: what a peak begins with would cost the others time
+            with MemoryPeak(self.device) as peak:
+                self._rows(system, groups)
+            peaks[name] = peak.mb
+            return
+        found[name] = self._rows(system, groups)
+
+    def _rows(self, system: System, groups: Sequence[Group]) -> npt.NDArray[np.float32]:
         import numpy as np
 
-        with MemoryPeak(self.device) as peak:
-            if self.one_by_one:
-                rows = [system.encode([(kind, [item])]) for kind, items in groups for item in items]
-                found[name] = np.concatenate(rows)
-            else:
-                found[name] = system.encode(groups)
-        if peak.mb is not None:
-            peaks[name] = max(peak.mb, peaks.get(name) or 0.0)
-        else:
-            peaks[name] = None
+        if not self.one_by_one:
+            return system.encode(groups)
+        return np.concatenate([system.encode([(kind, [item])]) for kind, items in groups for item in items])
 
 
 def _chosen(wanted: Sequence[str] | None, known: Sequence[str] | Mapping[str, Any], what: str) -> list[str]:
@@ -294,7 +297,10 @@ def _chosen(wanted: Sequence[str] | None, known: Sequence[str] | Mapping[str, An
 
 
 def _items(folder: Path, mixture: Mapping[str, float], number: int) -> list[Group]:
-    """Texts, and pictures and pages as files, in the shares of a mixture; the same for the same arguments."""
+    """Texts, and pictures and pages as files, in the shares of a mixture; the same for the same arguments.
+
+    What the shares leave over is of the last kind.
+    """
     import numpy as np
 
     from quarterlight.cli.generated import page, write_picture
@@ -305,8 +311,10 @@ def _items(folder: Path, mixture: Mapping[str, float], number: int) -> list[Grou
     vocabulary = " ".join([*QUERY_INSTRUCTIONS.values(), *TARGET_INSTRUCTIONS.values()]).split()
     folder.mkdir(parents=True)
     groups: list[Group] = []
-    for kind, share in mixture.items():
-        count, items = round(share * number), []
+    counts = [int(share * number + 1e-9) for share in mixture.values()]
+    counts[-1] = number - sum(counts[:-1])
+    for kind, count in zip(mixture, counts, strict=True):
+        items = []
         for place in range(count):
             if kind == "text":
                 length = WORDS[place * len(WORDS) // count]

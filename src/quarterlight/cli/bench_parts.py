@@ -162,13 +162,16 @@ def bench_parts(
     if records:
         if plot is None:
             raise InputError("--from needs --plot: it says what to draw, not where to.")
+        _check(plot)
         draw([_read(file) for file in records], plot)
         return
+    if plot is not None:
+        _check(plot)
     record = _measure(model, shape, kinds, items, repeats, timed_by, dtype, device, threads)
     _print(record)
+    console.print_record(record, out)
     if plot is not None:
         draw([record], plot)
-    console.print_record(record, out)
 
 
 def _measure(
@@ -342,6 +345,14 @@ def _print(record: Mapping[str, Any]) -> None:
         f"TFLOP/s. Timing itself takes {record['clock_ms_per_item']:.3f} ms an item.",
         soft_wrap=True,
     )
+
+
+def _check(plot: Path) -> None:
+    """Raises what would go wrong when it is drawn, which is after minutes of measuring."""
+    import matplotlib.figure  # noqa: F401
+
+    if plot.suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"--plot draws a .png or .svg file, got {describe(plot)}.")
 
 
 def draw(records: Sequence[Mapping[str, Any]], file: Path) -> None:

@@ -27,6 +27,9 @@ WARM = 0.25
 """Share of the items that are done before the clock starts: until then models are loaded and queues filled."""
 
 ITEMS_PER_SHARD = 100
+SHARDS_PER_WORKER = 4
+"""Fewer are embedded too, but some workers then have one more than others, and the speed tells of that alone."""
+
 WORDS_PER_TEXT = 30
 
 BAR = 0.85
@@ -66,8 +69,10 @@ def bench_ray(
     with tempfile.TemporaryDirectory() as scratch, console.progress("runs") as bar:
         line = bar.add_task("Generating", total=len(chosen) * repeats * len(counts))
         corpora = {kind: _corpus(Path(scratch) / kind, kind, items) for kind in chosen}
-        bar.update(line, description="Embedding")
         engines = {count: Cluster.connect(address, embedder_opener(model), num_workers=count) for count in counts}
+        for engine in engines.values():
+            engine.check()  # rather than when it is its turn
+        bar.update(line, description="Embedding")
         identity = engines[counts[0]].identity()
         cores = _cores()
         cells = [
@@ -87,6 +92,9 @@ def bench_ray(
             f"{cell['of_linear']:.2f}",
         )
     console.out.print(table)
+    if items < (enough := SHARDS_PER_WORKER * ITEMS_PER_SHARD * counts[-1]):
+        few = f"{items:,} items are too few shards for {counts[-1]} workers to have equal shares"
+        console.out.print(f"{few}: give --items {enough} or more.", soft_wrap=True)
     record = {
         "benchmark": "ray",
         "settings": {

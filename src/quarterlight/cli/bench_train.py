@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import functools
-import gc
 import io
 import multiprocessing
 import statistics
@@ -22,6 +20,7 @@ import numpy as np
 import typer
 
 from quarterlight.cli import console
+from quarterlight.cli.measure import MemoryPeak
 from quarterlight.errors import InputError, did_you_mean
 
 _Result = TypeVar("_Result")
@@ -503,42 +502,17 @@ def _optimizer(num_steps: int, *, recompute: bool, learning_rate: float) -> Any:
 
 
 def _measured(train: Callable[[Path], Any], losses: list[float] | None) -> tuple[float, int | None]:
-    """Seconds of a step of the trainer that ``train`` returns when it has run, and the peak memory meanwhile."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        _reset_peak()
+    """Seconds of a step of the trainer that ``train`` returns when it has run, and most bytes in use meanwhile."""
+    import torch
+
+    peak = MemoryPeak("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), peak:
         trainer = train(Path(folder))
-        peak = _peak()
     log = trainer.state.log_history
     if losses is not None:
         losses.extend(line["loss"] for line in log if "loss" in line)
-    return log[-1]["train_runtime"] / trainer.state.global_step, peak
-
-
-def _reset_peak() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what was freed: 1.4 of 2 GB after a large batch
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak; see proc(5)
-
-
-def _peak() -> int | None:
-    """Most bytes since the reset; ``None`` where the system does not tell."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    most = None if peak.total_mb is None else round(peak.total_mb * 2**20)
+    return log[-1]["train_runtime"] / trainer.state.global_step, most
 
 
 # ---------------------------------------------------------------------------------------------------------------------

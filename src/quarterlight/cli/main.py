@@ -131,7 +131,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no encoding knows
-    if sys.argv[1:2] and sys.argv[1] in allocator.COMMANDS:
+    if allocator.embeds(sys.argv[1:]):
         allocator.keep_freed_memory()
     program()(prog_name="quarterlight")
 

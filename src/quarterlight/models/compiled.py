@@ -1,9 +1,10 @@
 """Layers that run as ``torch.compile`` made them.
 
 One function is compiled for all layers of the vision tower and one for all of the language model, so that it takes as
-long for 28 layers as for one, and once more where a batch has one row or tile, which torch takes for another case.
-Sizes of batches and lengths of rows stay open: they need no compiling again.  What torch compiled before, on this
-machine, it finds in its cache on disk.
+long for 28 layers as for one, and once more for each case that torch takes for another: a batch of one row or tile,
+and, in bidirectional attention, rows that are all of one length and need no mask.  An embedder warms up with all that
+its settings can bring.  Sizes of batches and lengths of rows stay open: they need no compiling again.  What torch
+compiled before, on this machine, it finds in its cache on disk.
 
 Two things run as they always do: layers that are given keys and values of a common beginning, each of which would need
 a function of its own, and towers that see the pictures of a batch in one sequence (Qwen-VL), whose attention is cut in
@@ -15,20 +16,26 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from quarterlight.errors import InputError, did_you_mean
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.quantized import layers_of
 
-ROWS, TOKENS = 3, 11
-"""Tiles or rows, and tokens of a row, that functions are compiled with; any other numbers above 1 would do."""
+TILES = (3, 1)
+"""Tiles that functions are compiled with; any other number above 1 would do as well as the first."""
+
+TEXTS = (("one", "one two three four five", "one two"), ("one", "one", "one"), ("one",))
+"""Texts of the batches that functions are compiled with: of several lengths, of one length, and a single one."""
+
+NAMES = {"tower": "vision tower", "language_model": "language model"}
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +44,8 @@ _log = logging.getLogger(__name__)
 class Compiled:
     """What of a model was compiled.
 
-    tower, language_model: layers.  seconds: that compiling took, or finding what was compiled before.
+    tower, language_model: layers that run compiled; 0 again where torch gave up later.
+    seconds: that compiling took, or finding what was compiled before.
     failure: what torch could not compile, and so runs as it always does; empty where there was nothing.
     """
 
@@ -48,9 +56,16 @@ class Compiled:
 
 
 @torch.inference_mode()
-def compile_layers(model: Any, *, mode: str | None = None, on_call: Callable[[], None] = lambda: None) -> Compiled:
+def compile_layers(
+    model: Any,
+    read: Callable[[Sequence[str]], object],
+    *,
+    mode: str | None = None,
+    on_call: Callable[[], None] = lambda: None,
+) -> Compiled:
     """Compiles the layers of a model without a language head, in ``eval`` mode, and lets it use them.
 
+    read: runs texts through the language model as one batch, in the very way it will be used.
     mode: of ``torch.compile``; ``None`` is its default.
     on_call: called whenever a compiled layer was used.
     Where torch cannot compile, or cannot go on with what it compiled, the model runs as before, and the log says why.
@@ -62,38 +77,33 @@ def compile_layers(model: Any, *, mode: str | None = None, on_call: Callable[[],
     config, backbone = model.config, backbone_of(model.config)
     tower, language = (list(model.get_submodule(name)) for name in layers_of(model))
     started = time.monotonic()
+
+    def see(tiles: int) -> None:
+        grids = [backbone.smallest()] * tiles
+        pixels = torch.zeros(backbone.pixels_shape(config, grids), dtype=model.dtype, device=model.device)
+        backbone.see(model, pixels, grids)
+
     if backbone.tower(config).tiles_are_pictures:
-
-        def see(tiles: int) -> None:
-            grids = [backbone.smallest()] * tiles
-            pixels = torch.zeros(backbone.pixels_shape(config, grids), dtype=model.dtype, device=model.device)
-            backbone.see(model, pixels, grids)
-
-        compiled.tower = _compile("vision tower", tower, see, compiled, mode, on_call)
-
-    def read(rows: int) -> None:
-        input_ids = torch.zeros(rows, TOKENS, dtype=torch.long, device=model.device)
-        model(input_ids=input_ids, use_cache=False, is_causal=True)
-
-    compiled.language_model = _compile("language model", language, read, compiled, mode, on_call)
+        _compile("tower", tower, [functools.partial(see, tiles) for tiles in TILES], compiled, mode, on_call)
+    _compile("language_model", language, [functools.partial(read, some) for some in TEXTS], compiled, mode, on_call)
     compiled.seconds = time.monotonic() - started
     return compiled
 
 
 def _compile(
-    part: str,
+    part: Literal["tower", "language_model"],
     layers: list[nn.Module],
-    use: Callable[[int], None],
+    uses: Sequence[Callable[[], object]],
     compiled: Compiled,
     mode: str | None,
     on_call: Callable[[], None],
-) -> int:
-    """Lets layers, which are of one class, run by one compiled function; returns how many do.
+) -> None:
+    """Lets layers, which are of one class, run by one compiled function.
 
-    use: runs them on so many tiles or rows.
+    uses: run them, in all the ways that have to be compiled.
     """
     plain = type(layers[0]).forward
-    fast = torch.compile(plain, dynamic=True, fullgraph=True, mode=mode)  # all of it compiled, or an error
+    fast = torch.compile(_own(plain), dynamic=True, fullgraph=True, mode=mode)  # all of it compiled, or an error
     ready = False
 
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +111,7 @@ def _compile(
             return plain(layer, *args, **kwargs)
         try:
             found = fast(layer, *args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # the latter is no kind of the former
             if not ready:
                 raise
             give_up(error)
@@ -113,22 +123,38 @@ def _compile(
     def give_up(error: Exception) -> None:
         for layer in layers:
             vars(layer).pop("forward", None)
+        setattr(compiled, part, 0)
         reason = next(iter(str(error).strip().splitlines()), "")
-        compiled.failure = f"{part}: {type(error).__name__}: {reason}"
-        _log.warning("Layers of the %s run as ever, since torch cannot compile them: %s", part, reason)
+        failure = f"{NAMES[part]}: {type(error).__name__}: {reason}"
+        compiled.failure = "; ".join(filter(None, (compiled.failure, failure)))
+        _log.warning("Layers of the %s run as ever, since torch cannot compile them: %s", NAMES[part], reason)
 
-    use(1)  # upon which transformers adds its hooks
+    uses[-1]()  # upon which transformers adds its hooks
     _drop_capturing(layers)
     for layer in layers:
         layer.forward = functools.partial(run, layer)
     try:
-        for number in (ROWS, 1):
-            use(number)
+        for use in uses:
+            use()
     except Exception as error:  # whatever a compiler comes upon; the model works without
         give_up(error)
-        return 0
+        return
     ready = True
-    return len(layers)
+    setattr(compiled, part, len(layers))
+
+
+def _own(function: Any) -> Any:
+    """The same function with code of its own: torch allows eight compiled ones for all functions that share their code,
+    which are those of all models of a process, and by a wrapper of transformers even of all classes of layers."""
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__, own.__qualname__ = function.__kwdefaults__, function.__qualname__
+    return own
 
 
 def _drop_capturing(layers: list[nn.Module]) -> None:

@@ -203,7 +203,7 @@ class Embedder:
             from quarterlight.models.compiled import compile_layers  # seconds of import
 
             mode = compile if isinstance(compile, str) else None
-            self.compiled = compile_layers(self.model, mode=mode, on_call=self._count_compiled)
+            self.compiled = compile_layers(self.model, self._read, mode=mode, on_call=self._count_compiled)
 
     @classmethod
     def from_model(
@@ -561,10 +561,7 @@ class Embedder:
         shown: where the visual tokens of each job are put, by its key.
         """
         grids = [[picture.grid for picture in job.pictures] for job in batch]
-        inputs: dict[str, Any] = {
-            name: on_device(tensor, self.model.device)
-            for name, tensor in self._formatter.collate([job.prompt for job in batch], grids).items()
-        }
+        inputs = self._collated([job.prompt for job in batch], grids)
         if pictures := [picture for job in batch for picture in job.pictures]:
             parts = self._see(pictures, seen)
             inputs["visual_tokens"] = torch.cat(parts)
@@ -589,10 +586,21 @@ class Embedder:
             self.work.rows_sharing += len(batch)
             self.work.tokens_spared += (len(batch) - 1) * len(opening)
             return embed_after(self.model, inputs, prefix).cpu().numpy()
-        settings = self.settings
-        compute = embed_packed if self.packed else embed
         self.work.rows_packed += len(batch) * self.packed
-        return compute(self.model, inputs, pooling=settings.pooling, attention=settings.attention).cpu().numpy()
+        return self._compute(inputs).cpu().numpy()
+
+    def _collated(self, prompts: Sequence[TokenizedPrompt], grids: Sequence[Sequence[Grid]]) -> dict[str, Any]:
+        inputs = self._formatter.collate(prompts, grids)
+        return {name: on_device(tensor, self.model.device) for name, tensor in inputs.items()}
+
+    def _compute(self, inputs: Mapping[str, Any]) -> Tensor:
+        compute = embed_packed if self.packed else embed
+        return compute(self.model, inputs, pooling=self.settings.pooling, attention=self.settings.attention)
+
+    def _read(self, texts: Sequence[str]) -> None:
+        """Runs texts through the language model as one batch, which counts as no work."""
+        prompts = self._formatter.tokenize([self._formatter.prompt(Item(text=one), "document") for one in texts])
+        self._compute(self._collated(prompts, [[] for _ in texts]))
 
     def _see(self, pictures: Sequence[_Picture], seen: LastUsed) -> list[Tensor]:
         """The visual tokens of pictures, ``[n, k, W]`` each; the same picture goes through the tower once."""

@@ -26,6 +26,9 @@ from torch.nn import functional as F
 MERGING = "vision_token_merging"
 """Name of the setting in the configuration of a model."""
 
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that can be given how many patches a hidden state stands for."""
+
 
 def merges(num_patches: int, num_layers: int, share: float) -> list[int]:
     """How many patches of a tile disappear after each layer, ``[num_layers]``, evenly; none after the last.

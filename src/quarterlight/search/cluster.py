@@ -77,6 +77,10 @@ class Cluster:
                 ) from error
         return cls(open_encoder, num_workers)
 
+    def check(self) -> None:
+        """Raises InputError where the cluster is too small for the workers, which else is found when they are used."""
+        self._resources()
+
     def identity(self) -> ModelIdentity:
         """Of the model, which a worker opens for it; raises what goes wrong there."""
         import ray

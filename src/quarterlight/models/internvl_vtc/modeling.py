@@ -22,10 +22,7 @@ from transformers.models.internvl.modeling_internvl import (
 from quarterlight.models.compression import compress
 from quarterlight.models.internvl_vtc.configuration import InternVLVTCConfig
 from quarterlight.models.masked_instruction import masking_instruction
-from quarterlight.models.merging import Merged, merges
-
-MASKED_ATTENTION = ("eager", "sdpa")
-"""Implementations of attention that a bias can be given to, which merging needs."""
+from quarterlight.models.merging import MASKED_ATTENTION, Merged, merges
 
 
 class InternVLVisionLayer(modeling_internvl.InternVLVisionLayer):
