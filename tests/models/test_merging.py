@@ -25,7 +25,7 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc import InternVLVTCConfig, InternVLVTCModel
 from quarterlight.models.merging import Merged, lengths, merges, most_similar, turning_order
 from quarterlight.records import Item
-from quarterlight.training.contrast import PromptEmbedder
+from quarterlight.training.prompt_embedder import PromptEmbedder
 from quarterlight.training.optimizer import recompute_activations
 
 MakePicture = Callable[..., Image.Image]
