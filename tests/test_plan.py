@@ -390,6 +390,29 @@ def test_what_cannot_be_planned_is_said() -> None:
         stage(make(), devices=0)
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "message"),
+    [
+        (None, {"vision_token_merging": 0.9}, "no such model.*vision_token_merging=0.9 is too much for a tower of 4"),
+        ("OpenGVLab/InternVL3-2B-hf", {"vision_token_merging": 0.99}, "too much for a tower of 24 layers"),
+        ("Qwen/Qwen2-VL-2B-Instruct", {"vision_token_merging": 0.5}, "vision_token_merging is for InternVL"),
+        ("Qwen/Qwen2-VL-2B-Instruct", {"visual_token_compression": 4}, r"must be one of \(1, 2\), got 4"),
+        (None, {"max_pixels": 10_000}, "model.max_pixels has no effect on a model of the type 'internvl_vtc'"),
+    ],
+)
+def test_a_model_that_cannot_be_is_said(checkpoint: str | None, changes: dict[str, Any], message: str) -> None:
+    made = {"checkpoint": checkpoint} if checkpoint else {"vision": VISION, "text": TEXT, "vocab_size": 500}
+    with pytest.raises(RecipeError, match=message):
+        stage(make(model=made | changes))
+
+
+def test_pixels_of_a_stage_are_for_models_that_heed_them() -> None:
+    warmup = {"loss": {"batch_size": 10, "max_pixels": 50_176}}
+    with pytest.raises(RecipeError, match="warmup.loss.max_pixels has no effect on a model"):
+        stage(make(warmup=warmup))
+    assert stage(make(warmup=warmup, model={"checkpoint": "Qwen/Qwen2-VL-2B-Instruct"})).steps == 200
+
+
 def test_devices_are_found_by_any_spelling() -> None:
     assert find_device("rtx 4090") is DEVICES["RTX4090"]
     assert DEVICES["A800"].tflops == 312 and DEVICES["A800"].memory_gb == 80

@@ -66,6 +66,7 @@ from quarterlight.recipe import (
     Recipe,
     SourceRecipe,
     TaskRecipe,
+    check_heeded,
 )
 from quarterlight.records import Item
 from quarterlight.training.collate import Pictures, PromptEncoder
@@ -416,13 +417,16 @@ class _Pipeline:
         tokenizer = train_tokenizer([*dict.fromkeys(texts), *words * 20], recipe.vocab_size)
         vision = InternVLVisionConfig(**recipe.vision)
         height, width = vision.image_size
-        config = InternVLVTCConfig(
-            vision_config=vision,
-            text_config=Qwen2Config(**recipe.text, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
-            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-            visual_token_compression=recipe.visual_token_compression,
-            vision_token_merging=recipe.vision_token_merging or 0.0,
-        )
+        try:
+            config = InternVLVTCConfig(
+                vision_config=vision,
+                text_config=Qwen2Config(**recipe.text, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id),
+                image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+                visual_token_compression=recipe.visual_token_compression,
+                vision_token_merging=recipe.vision_token_merging or 0.0,
+            )
+        except ValueError as error:
+            raise RecipeError(f"There is no such model as the recipe's: {error}") from error
         processor = InternVLVTCProcessor(
             image_processor=InternVLVTCImageProcessor(size={"height": height, "width": width}),
             tokenizer=tokenizer,
@@ -862,6 +866,7 @@ class _Pipeline:
             language_head=language_head,
             tower=released.tower if released else None,
         )
+        check_heeded(self.recipe, model.config)
         if self._settings(stage).marked:  # of all stages alike, so that they share a tokenizer
             with_markers(model, processor.tokenizer, seed=released.marker_seed if released else self.recipe.seed)
         model.set_attn_implementation(self.recipe.model.attn_implementation)

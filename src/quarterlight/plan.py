@@ -51,6 +51,7 @@ from quarterlight.recipe import (
     RerankStage,
     SourceRecipe,
     TaskRecipe,
+    check_heeded,
 )
 from quarterlight.records import Item
 from quarterlight.training.lora import LoraRecipe, add_lora
@@ -228,6 +229,7 @@ class _Planner:
         self.devices = devices
         self.device = device
         self.config: Any = _config(recipe)  # transformers does not tell the types of its parts
+        check_heeded(recipe, self.config)
         self.backbone = backbone_of(self.config)
         self.tile_tokens = self.backbone.tokens_per_tile(self.config)
         self._max_pixels = _max_pixels(recipe)
@@ -625,26 +627,33 @@ def _shape(checkpoint: str | None) -> str | None:
 
 
 def _config(recipe: Recipe) -> Any:
-    """The sizes of the recipe's model, without reading or fetching its weights."""
+    """The sizes of the recipe's model, without reading or fetching its weights.
+
+    Raises RecipeError, or CheckpointError, for sizes that go together in no model.
+    """
     model = recipe.model
-    if model.checkpoint is None:
-        assert model.vocab_size is not None
-        return InternVLVTCConfig(
-            vision_config=InternVLVisionConfig(**model.vision),
-            text_config=Qwen2Config(**model.text, vocab_size=model.vocab_size),
-            visual_token_compression=model.visual_token_compression,
-            vision_token_merging=model.vision_token_merging or 0.0,
+    shape = _shape(model.checkpoint)
+    if model.checkpoint is not None and shape is None:
+        released = _released(recipe)
+        tower = released.tower if released else None
+        return load_config(
+            resolve_checkpoint(model.checkpoint), model.visual_token_compression, tower, model.vision_token_merging
         )
-    if (shape := _shape(model.checkpoint)) is not None:
+    try:
+        if shape is None:
+            assert model.vocab_size is not None
+            return InternVLVTCConfig(
+                vision_config=InternVLVisionConfig(**model.vision),
+                text_config=Qwen2Config(**model.text, vocab_size=model.vocab_size),
+                visual_token_compression=model.visual_token_compression,
+                vision_token_merging=model.vision_token_merging or 0.0,
+            )
         config = shape_config(shape, visual_token_compression=model.visual_token_compression)
         if model.vision_token_merging is None:
             return config
         return type(config).from_dict(config.to_dict() | {MERGING: model.vision_token_merging})
-    released = _released(recipe)
-    tower = released.tower if released else None
-    return load_config(
-        resolve_checkpoint(model.checkpoint), model.visual_token_compression, tower, model.vision_token_merging
-    )
+    except ValueError as error:
+        raise RecipeError(f"There is no such model as the recipe's: {error}") from error
 
 
 def _released(recipe: Recipe) -> Preset | None:

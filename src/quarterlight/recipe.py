@@ -19,6 +19,8 @@ from quarterlight.errors import InputError, RecipeError, check_least, check_shar
 from quarterlight.mining.judge import JudgeRecipe
 from quarterlight.mining.negatives import MineRecipe
 from quarterlight.mining.teaching import TeachRecipe
+from quarterlight.models.backbones import backbone_of
+from quarterlight.models.compression import FACTORS
 from quarterlight.models.merging import MASKED_ATTENTION
 from quarterlight.training.augment import AugmentRecipe
 from quarterlight.training.contrast import ContrastRecipe
@@ -205,6 +207,14 @@ class ModelRecipe:
     """for Qwen-VL: the most pixels of a picture; without it, as in the checkpoint (a new one: 300 visual tokens)"""
 
     def __post_init__(self) -> None:
+        if self.visual_token_compression not in FACTORS:
+            raise RecipeError(
+                f"model.visual_token_compression must be one of {FACTORS}, got {self.visual_token_compression}."
+            )
+        if self.vision_token_merging is not None and not 0 <= self.vision_token_merging < 1:
+            raise RecipeError(
+                f"model.vision_token_merging must be a share from 0 to below 1, got {self.vision_token_merging}."
+            )
         new = {"vision": self.vision, "text": self.text, "vocab_size": self.vocab_size}
         given = [name for name, value in new.items() if value]
         if self.checkpoint is None and self.preset is not None:
@@ -378,6 +388,11 @@ class Recipe:
             if (stage := getattr(self, name)) is not None and stage.optimizer.gradient_checkpointing:
                 raise RecipeError(f"{name}.optimizer.gradient_checkpointing: this stage keeps its activations.")
         check_least(self, devices=1)
+        if self.teacher is not None and self.teacher.loss.max_pixels is not None:
+            raise RecipeError(
+                "teacher.loss.max_pixels has no effect, as the teacher reads every picture as one small tile: leave it "
+                "out."
+            )
         guided = self.tower is not None or any(one.teacher_weight for one in self.contrast.values())
         if self.teacher is None and guided:
             raise RecipeError("The recipe has no teacher stage, which its tower or a teacher_weight asks for.")
@@ -474,6 +489,21 @@ class Recipe:
         if stage == "rerank" and self.rerank is not None and self.rerank.initial == "restore":
             models = [one for one in models if one == "restore"]
         return models[-1] if models else None
+
+
+def check_heeded(recipe: Recipe, config: Any) -> None:
+    """Raises RecipeError for a key that a model of this configuration would ignore."""
+    trained = {name: one.loss for name, one in recipe.trained.items()}
+    if recipe.restore is not None:
+        trained["restore"] = recipe.restore.loss
+    sections = {"model": recipe.model, **{f"{name}.loss": loss for name, loss in trained.items()}}
+    for key in backbone_of(config).unheeded:
+        for section, one in sections.items():
+            if getattr(one, key, None) is not None:
+                raise RecipeError(
+                    f"{section}.{key} has no effect on a model of the type {config.model_type!r}, such as this recipe "
+                    "trains: leave it out."
+                )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -76,12 +76,13 @@ def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
                 digest = hashlib.blake2b(digest_size=16)
                 size = number = 0
                 repeated: list[int] = []
-                is_nameless = is_last = False
+                is_nameless = is_named = is_last = False
                 while not is_last and (line := file.readline()):
                     id, files = _id_and_files(path, line)
                     if id is None:
-                        is_nameless = True
+                        is_nameless = is_nameless or bool(line.strip())  # of an empty line nobody speaks
                     else:
+                        is_named = True
                         # a list may have more ids than the memory should hold
                         name = hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
                         if name in seen:
@@ -95,7 +96,7 @@ def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
                     is_last = number == LINES_PER_PIECE[-1] or (number >= LINES_PER_PIECE[0] and _ends_piece(line))
                 if not number:
                     return
-                if is_nameless or repeated:
+                if is_nameless or repeated or not is_named:  # one piece of empty lines is as good as another
                     digest.update(f"{first} {repeated}".encode())
                 yield Lines(first, start, size, number, tuple(repeated), f"{uri_of(path)} {digest.hexdigest()}")
                 first, start = first + number, start + size
