@@ -25,8 +25,8 @@ from quarterlight.models.inputs import InputFormatter
 from quarterlight.models.internvl_vtc import InternVLVTCConfig, InternVLVTCModel
 from quarterlight.models.merging import Merged, lengths, merges, most_similar, turning_order
 from quarterlight.records import Item
-from quarterlight.training.prompt_embedder import PromptEmbedder
 from quarterlight.training.optimizer import recompute_activations
+from quarterlight.training.prompt_embedder import PromptEmbedder
 
 MakePicture = Callable[..., Image.Image]
 
