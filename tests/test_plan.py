@@ -408,7 +408,7 @@ def test_a_model_that_cannot_be_is_said(checkpoint: str | None, changes: dict[st
 
 def test_pixels_of_a_stage_are_for_models_that_heed_them() -> None:
     warmup = {"loss": {"batch_size": 10, "max_pixels": 50_176}}
-    with pytest.raises(RecipeError, match="warmup.loss.max_pixels has no effect on a model"):
+    with pytest.raises(RecipeError, match=r"warmup\.loss\.max_pixels has no effect on a model"):
         stage(make(warmup=warmup))
     assert stage(make(warmup=warmup, model={"checkpoint": "Qwen/Qwen2-VL-2B-Instruct"})).steps == 200
 

@@ -254,8 +254,10 @@ def test_a_registry_name_must_be_known() -> None:
 
 @cache
 def planned_stages(name: str) -> list[StagePlan]:
-    """With a small model in place of the recipe's: batches and steps are of any."""
-    return plan(load_recipe(RECIPES / f"{name}.yaml", ["model.checkpoint=nano"]), None, None, "H100")
+    """With a small model of the same kind in place of the recipe's: batches and steps are of any."""
+    return plan(
+        load_recipe(RECIPES / f"{name}.yaml", ["model.checkpoint=Qwen/Qwen2-VL-2B-Instruct"]), None, None, "H100"
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ def replacing(file: Path, *, parents: bool = True) -> Iterator[Path]:
     """A hidden name beside ``file`` to write under, which takes its place at the end.
 
     parents: makes folders on the way.
-    What fails leaves ``file`` as it was, and nothing beside it.  Processes and threads may write the same file at once: the last one
-    to end has the say.  Drafts of processes that were killed more than a day ago go when the folder is first written to.
+    What fails leaves ``file`` as it was, and nothing beside it.  Processes and threads may write the same file at once:
+    the last one to end has the say.  Drafts of processes that were killed more than a day ago go when a process first
+    writes to the folder.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -59,4 +60,4 @@ def _tidy(folder: Path) -> None:
             if _DRAFT.fullmatch(entry.name):
                 with suppress(OSError):  # another process may be tidying up as well
                     if time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD_S:
-                        os.unlink(entry.path)
+                        Path(entry.path).unlink()

@@ -493,7 +493,7 @@ class Recipe:
 
 def check_heeded(recipe: Recipe, config: Any) -> None:
     """Raises RecipeError for a key that a model of this configuration would ignore."""
-    trained = {name: one.loss for name, one in recipe.trained.items()}
+    trained: dict[str, object] = {name: one.loss for name, one in recipe.trained.items()}
     if recipe.restore is not None:
         trained["restore"] = recipe.restore.loss
     sections = {"model": recipe.model, **{f"{name}.loss": loss for name, loss in trained.items()}}

@@ -310,6 +310,15 @@ def test_fusion_weighs_cosine_and_reranker(emoji: RetrievalDataset) -> None:
     assert len(judge.asked) == result.num_pairs  # once for all of them
 
 
+def test_pairs_are_kept_for_one_task(emoji: RetrievalDataset) -> None:
+    """Where there is no folder: those of all tasks would fill the memory."""
+    task = emoji.load("t2i", "test")
+    evaluator = RetrievalEvaluator(Hashing(), reranker=(judge := Judge(task)), rerank=5)
+    first, second = evaluator.evaluate(task), evaluator.evaluate(task)
+    assert first.reranked == second.reranked and second.num_embedded == 0
+    assert first.num_pairs == second.num_pairs == len(judge.asked) / 2 > 0
+
+
 def test_groups_and_json_have_both(emoji: RetrievalDataset) -> None:
     task = emoji.load("t2i", "test")
     seen: list[tuple[int, int]] = []

@@ -254,10 +254,14 @@ def test_lists_of_items(tmp_path: Path, catalogue: Path) -> None:
     assert [one["reason"] for one in written] == [problem.reason for problem in report.problems]
 
 
-def test_lines_come_and_go_anywhere_in_a_list(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spaced", [False, True])
+def test_lines_come_and_go_anywhere_in_a_list(tmp_path: Path, spaced: bool) -> None:
+    """spaced: with an empty line behind every other one."""
     path = tmp_path / "list.jsonl"
     lines = [f'{{"id": "{number}", "text": "word {number}"}}' for number in range(1000)]
     lines[700:703] = ['{"text": "no id"}', '{"id": "5", "text": "again"}', '{"id": "empty"}']
+    if spaced:
+        lines = [line for number, one in enumerate(lines) for line in ([one, ""] if number % 2 else [one])]
 
     def embedded(*, whole: bool = False) -> tuple[int, EmbedReport]:
         path.write_text("\n".join(lines))

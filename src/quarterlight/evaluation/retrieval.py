@@ -203,7 +203,8 @@ class TaskResult:
 class RetrievalEvaluator:
     """Scores tasks one after the other and embeds what they share only once.
 
-    Keep one for the tasks of one dataset, which often search the same pictures; its memory grows with them.
+    Keep one for the tasks of one dataset, which often search the same pictures; its memory grows with them.  What a
+    reranker says of pairs is kept for one task, unless there is a folder: there are far more pairs than items.
 
     prepare: gives a task's items their instructions; by default those of the paper, by direction.
     group_by: fields of a query to break scores down by, where there are at least two values.
@@ -248,7 +249,7 @@ class RetrievalEvaluator:
         self._shared = embeddings is not None
         self._query_vectors: _Vectors | _StoredVectors
         self._candidate_vectors: _Vectors | _StoredVectors
-        self._pairs = None if reranker is None else PairScores(reranker.predict)
+        self._pairs: PairScores | None = None
         if embeddings is None:
             self._query_vectors = _Vectors(embedder.encode_query)
             self._candidate_vectors = _Vectors(embedder.encode_document)
@@ -282,16 +283,17 @@ class RetrievalEvaluator:
         task, num_embedded, seconds = self._embedded(task)
         pool = self._rankable(task)
         candidate_CD = self._vectors_of_candidates(task, pool)
-        plain, reranked, reranking = self._judge(task, pool, candidate_CD, names, metric, ties)
+        pair_scores = self._pair_scores()
+        plain, reranked, reranking = self._judge(task, pool, candidate_CD, pair_scores, names, metric, ties)
         others: dict[str, Reading] = {}
         for name, read in readings.items():
             if (other := read(task)) is not None:
                 part = self._rankable(other)
                 columns = [pool.column[did] for did in part.column]
-                before, after, _ = self._judge(other, part, candidate_CD[columns], names, metric, ties)
-                others[name] = Reading(official=before.official, reranked=after.official if self._pairs else None)
+                before, after, _ = self._judge(other, part, candidate_CD[columns], pair_scores, names, metric, ties)
+                others[name] = Reading(official=before.official, reranked=after.official if self.reranker else None)
         rows = np.arange(len(pool.queries))
-        with_reranker = self._pairs is not None
+        with_reranker = self.reranker is not None
         return TaskResult(
             dataset=task.dataset,
             task=task.task,
@@ -334,7 +336,8 @@ class RetrievalEvaluator:
 
         Raises RuntimeError without a reranker.
         """
-        if self._pairs is None:
+        pair_scores = self._pair_scores()
+        if pair_scores is None:
             raise RuntimeError("A weight of a reranker says nothing without a reranker.")
         task, _, _ = self._embedded(task)
         pool = self._rankable(task)
@@ -342,9 +345,15 @@ class RetrievalEvaluator:
         if not pool.queries:
             return dict.fromkeys(weights, _scores({}, {}, rows))
         found = self._search(pool, self._vectors_of_candidates(task, pool), self.rerank)
-        reranking = self._rerank(self._pairs, task, pool, found)
+        reranking = self._rerank(pair_scores, task, pool, found)
         scored = {weight: _Scored.of(reranking.fused(found, pool, weight), pool, METRICS) for weight in weights}
         return {weight: _scores(one.values, one.chance, rows) for weight, one in scored.items()}
+
+    def _pair_scores(self) -> PairScores | None:
+        """For the pairs of a task: those of the folder, or new ones; ``None`` without a reranker."""
+        if self.reranker is None or self._pairs is not None:
+            return self._pairs
+        return PairScores(self.reranker.predict)
 
     def _embedded(self, task: RetrievalTask) -> tuple[RetrievalTask, int, float]:
         """The task with its instructions, how many of its items were new to the embedder, and how long they took."""
@@ -364,6 +373,7 @@ class RetrievalEvaluator:
         task: RetrievalTask,
         pool: _Pool,
         candidate_CD: npt.NDArray[np.float32],
+        pair_scores: PairScores | None,
         names: Sequence[str],
         metric: str | None,
         ties: Ties,
@@ -372,15 +382,15 @@ class RetrievalEvaluator:
         if not pool.queries:
             nothing = _Scored.nothing(metric, ties)
             return nothing, nothing, _Reranking()
-        depth = max(self.depth, self.rerank if self._pairs is not None else 0, _depth_of(metric))
+        depth = max(self.depth, self.rerank if pair_scores is not None else 0, _depth_of(metric))
         found = self._search(pool, candidate_CD, depth)
         plain = _Scored.of(found, pool, names, metric, ties, self.depth)
-        if self.reranker is None or self._pairs is None:
+        if self.reranker is None or pair_scores is None:
             return plain, plain, _Reranking()
         weight = self.fusion_weight
         if weight is None:
             weight = self.reranker.settings.weight_of(task.task, task.dataset)
-        reranking = self._rerank(self._pairs, task, pool, found)
+        reranking = self._rerank(pair_scores, task, pool, found)
         again = reranking.fused(found, pool, weight)
         return plain, _Scored.of(again, pool, names, metric, ties, self.depth), reranking
 

@@ -428,6 +428,18 @@ def _evenly(records: Sequence[_Record], limit: int) -> list[_Record]:
     return [records[index] for index in np.linspace(0, len(records) - 1, min(limit, len(records))).astype(int)]
 
 
+@contextlib.contextmanager
+def _in_step(model: Any, encode: Any) -> Iterator[None]:
+    """All processes use all parts of the model equally often: ones that look at different pictures would wait for each
+    other where weights are sharded.  Afterwards model and encoder are as they were."""
+    before = model.shared_prefix, model.eyes, encode.known
+    model.shared_prefix, model.eyes, encode.known = False, None, None
+    try:
+        yield
+    finally:
+        model.shared_prefix, model.eyes, encode.known = before
+
+
 _Trainer = TypeVar("_Trainer", bound=EmbeddingTrainer)
 
 
@@ -469,16 +481,13 @@ def fit(
         num_threads=optimizer.num_workers,
         **more,
     )
-    if trainer.is_sharded:
-        if recipe.learn_temperature:
-            raise RecipeError(
-                "learn_temperature does not go with sharded weights: start it without FSDP and DeepSpeed, with lora if "
-                "the whole model does not fit."
-            )
-        if isinstance(model, PromptEmbedder):
-            model.shared_prefix = False
-            model.eyes = None  # processes that look at different pictures would wait for each other
-            encode.known = None  # type: ignore[attr-defined]
-    trainer.run(model)
+    if trainer.is_sharded and recipe.learn_temperature:
+        raise RecipeError(
+            "learn_temperature does not go with sharded weights: start it without FSDP and DeepSpeed, with lora if the "
+            "whole model does not fit."
+        )
+    is_prompted = isinstance(model, PromptEmbedder)  # and no teacher of vision towers
+    with _in_step(model, encode) if trainer.is_sharded and is_prompted else contextlib.nullcontext():
+        trainer.run(model)
     remove_temperature(model)
     return trainer
