@@ -359,8 +359,10 @@ def test_merging_in_the_tower_is_a_setting_of_the_model(tmp_path: Path) -> None:
     assert untold == _Pipeline(with_merging(0), DATA, tmp_path).fingerprint("start")
 
     def begun_with(checkpoint: Path, share: float | None) -> str:
+        short = {key: value for key, value in values().items() if key in ("name", "mixture", "validation", "restore")}
         model = {"checkpoint": str(checkpoint), "vision_token_merging": share}
-        return _Pipeline(recipe(start=None, model=model), DATA, tmp_path / "other").fingerprint("warmup")
+        begun = parse(Recipe, short | {"model": model}, where="test")
+        return _Pipeline(begun, DATA, tmp_path / "other").fingerprint("restore")
 
     assert begun_with(folder, 0.0) != begun_with(folder, None)  # this one merges, unless it is told not to
 

@@ -194,6 +194,7 @@ def _measure(
         raise InputError(f"--dtype is float32 or bfloat16, got {wanted_dtype!r}.")
     if timed_by not in CLOCKS:
         raise InputError(f"--clock is wall or processor, got {timed_by!r}. {did_you_mean(timed_by, CLOCKS)}")
+    chosen = _chosen(kinds, BATCH, "kind")
     dtype = getattr(torch, wanted_dtype) if wanted_dtype else best_dtype(torch.device(device))
     name_of_dtype = str(dtype).removeprefix("torch.")
     now = CLOCKS[timed_by]
@@ -211,9 +212,7 @@ def _measure(
         own = ours.model.config.visual_token_compression
         alone = {s: ours if s == own else _compressing(ours, s) for s in sorted({1, own})}
         threads = {s: Embedder.from_model(one.model, one.processor, one.settings) for s, one in alone.items()}
-        loads = {
-            kind: _items(Path(scratch) / kind, {kind: 1.0}, number)[0][1] for kind in _chosen(kinds, BATCH, "kind")
-        }
+        loads = {kind: _items(Path(scratch) / kind, {kind: 1.0}, number)[0][1] for kind in chosen}
         cases = [_Case(kind, s) for kind in loads for s in alone]
         clock = Clock(waited)
         found: dict[_Case, list[_Round]] = {case: [] for case in cases}
