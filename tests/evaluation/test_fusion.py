@@ -77,7 +77,7 @@ def test_the_best_weight_of_each_task_and_of_equal_ones_the_smallest() -> None:
     right = [task("x", "a"), task("y", "b"), task("z", "c")]
     tuned = tune_fusion(Angles(), judge, right, rerank=2)
     assert [(one.label, one.weight) for one in tuned] == [("set/x", 0.0), ("set/y", 0.1), ("set/z", 0.0)]
-    assert judge.asked == 2  # both pairs once, however many weights and tasks ask for them; c is out of reach
+    assert judge.asked == 6  # both pairs once for each task, however many weights ask for them; c is out of reach
     assert tuned[1].scores[0.05] == 0.5 and tuned[1].scores[0.1] == tuned[1].scores[1.0] == 1.0
     (third,) = tune_fusion(Angles(), judge, right[2:], rerank=3, weights=(0.3, 0.4, 1.0), metric="precision@1")
     assert third.weight == 0.4 and third.scores == {0.3: 0.0, 0.4: 1.0, 1.0: 1.0}
