@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from quarterlight.cli import bench_train
 from quarterlight.cli.bench_train import What, _settings
 from quarterlight.cli.main import program
+from quarterlight.cli.measure import with_compression
 from quarterlight.errors import InputError
 
 LORA_NANO = (
@@ -80,7 +81,7 @@ def test_a_step_of_a_stage_trains_what_the_stage_trains(tmp_path: Path) -> None:
 def test_compression_changes_over_the_same_weights() -> None:
     settings = _settings(What.vtc, {"shape": "nano"})
     model, processor = bench_train._build(settings, lora=True)
-    plain, its_processor = bench_train._compressed(model, processor, 1)
+    plain, its_processor = with_compression(model, processor, 1)
     assert (processor.image_seq_length, its_processor.image_seq_length) == (4, 16)
     tile = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():

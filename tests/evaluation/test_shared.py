@@ -64,16 +64,21 @@ def test_two_processes_find_what_one_finds(whole: Path, tmp_path: Path) -> None:
     assert pictures == [[seen, 2], [seen, 3]]
 
 
+def killed(folder: Path, cache: Path, blocks: str, number: int, *slowness: str) -> list[Path]:
+    """The blocks of a run that was killed once there were so many. slowness: seconds of an embedding and of a pair."""
+    command = [sys.executable, "-m", "tests.evaluation.worker", str(folder), str(cache), *slowness]
+    running = subprocess.Popen(command, cwd=ROOT)
+    until = time.monotonic() + 200
+    while len(list(cache.glob(blocks))) < number and time.monotonic() < until and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    return list(cache.glob(blocks))
+
+
 def test_a_killed_run_goes_on_without_embedding_anything_twice(whole: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "tests.evaluation.worker", str(tmp_path / "killed"), str(cache), "0.4", "0"]
-    killed = subprocess.Popen(command, cwd=ROOT)
-    until = time.monotonic() + 200
-    while len(list(cache.rglob("*.npz"))) < 4 and time.monotonic() < until and killed.poll() is None:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    kept = list(cache.rglob("*.npz"))
+    kept = killed(tmp_path / "killed", cache, "**/*.npz", 4, "0.4", "0")
     assert 4 <= len(kept) < 19
     done = sum(len(np.load(file)["key"]) for file in kept)
     run(tmp_path / "again", cache)
@@ -84,15 +89,7 @@ def test_a_killed_run_goes_on_without_embedding_anything_twice(whole: Path, tmp_
 
 def test_a_killed_run_goes_on_without_scoring_a_pair_twice(whole: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "tests.evaluation.worker", str(tmp_path / "killed"), str(cache), "0", "0.4"]
-    killed = subprocess.Popen(command, cwd=ROOT)
-    pairs = cache / "coin" / "pairs"
-    until = time.monotonic() + 200
-    while len(list(pairs.glob("*.npz"))) < 3 and time.monotonic() < until and killed.poll() is None:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    kept = list(pairs.glob("*.npz"))
+    kept = killed(tmp_path / "killed", cache, "coin/pairs/*.npz", 3, "0", "0.4")
     everything = (whole / "pairs-0").read_text().splitlines()
     assert len(kept) >= 3 and len(set(everything)) == len(everything)
     run(tmp_path / "again", cache)

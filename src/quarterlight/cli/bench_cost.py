@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import ceiling_of, rounds, spread, times_faster
+from quarterlight.cli.measure import ceiling_of, find_dtype, rounds, spread, times_faster
 from quarterlight.errors import InputError, did_you_mean
 
 
@@ -273,15 +273,11 @@ def bench_cost(
     """
     import torch
 
-    from quarterlight.models.embedder import best_dtype
-
     known = {system.size for system in SYSTEMS}
     for name in sizes or ():
         if name not in known:
             raise InputError(f"There is no size {name!r} in the table. {did_you_mean(name, known)}")
-    if dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"--dtype is float32 or bfloat16, got {dtype!r}.")
-    chosen = getattr(torch, dtype) if dtype else best_dtype(torch.device(device))
+    chosen = find_dtype(dtype, device)
     max_layers = (2 if torch.device(device).type == "cpu" else None) if layers is None else (layers or None)
     systems = [system for system in SYSTEMS if not sizes or system.size in sizes]
     with torch.inference_mode(), console.progress("runs") as bar:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import MemoryPeak, ceiling_of, rounds, spread, times_faster
+from quarterlight.cli.measure import MemoryPeak, ceiling_of, find_dtype, rounds, spread, times_faster
 from quarterlight.errors import CheckpointError, InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -161,12 +161,8 @@ class _Run:
     ) -> None:
         import torch
 
-        from quarterlight.models.embedder import best_dtype
-
         others = [one for one in _chosen(wanted, OTHERS, "system") if wanted or one not in ASKED_FOR]
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise InputError(f"--dtype is float32 or bfloat16, got {self.dtype!r}.")
-        dtype = getattr(torch, self.dtype) if self.dtype else best_dtype(torch.device(self.device))
+        dtype = find_dtype(self.dtype, self.device)
         name_of_dtype = str(dtype).removeprefix("torch.")
         with torch.inference_mode(), console.progress("runs") as bar, tempfile.TemporaryDirectory() as scratch:
             waiting = bar.add_task("Building", total=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import statistics
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import ceiling_of, rounds, spread
+from quarterlight.cli.measure import ceiling_of, find_dtype, rounds, spread, with_compression
 from quarterlight.errors import InputError, did_you_mean
 from quarterlight.images import describe
 
@@ -188,14 +187,12 @@ def _measure(
     import torch
 
     from quarterlight.cli.bench_infer import BATCH, _checkpoint, _chosen, _items
-    from quarterlight.models.embedder import Embedder, best_dtype
+    from quarterlight.models.embedder import Embedder
 
-    if wanted_dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"--dtype is float32 or bfloat16, got {wanted_dtype!r}.")
     if timed_by not in CLOCKS:
         raise InputError(f"--clock is wall or processor, got {timed_by!r}. {did_you_mean(timed_by, CLOCKS)}")
     chosen = _chosen(kinds, BATCH, "kind")
-    dtype = getattr(torch, wanted_dtype) if wanted_dtype else best_dtype(torch.device(device))
+    dtype = find_dtype(wanted_dtype, device)
     name_of_dtype = str(dtype).removeprefix("torch.")
     now = CLOCKS[timed_by]
 
@@ -258,10 +255,7 @@ def _compressing(embedder: Embedder, compression: int) -> Embedder:
     """The same weights with another s, in one thread."""
     from quarterlight.models.embedder import Embedder
 
-    model, processor = copy.copy(embedder.model), copy.copy(embedder.processor)
-    values = {**model.config.to_dict(), "visual_token_compression": compression}
-    model.config = type(model.config).from_dict(values)
-    processor.agree_with(model.config)
+    model, processor = with_compression(embedder.model, embedder.processor, compression)
     return Embedder.from_model(model, processor, embedder.settings, num_workers=0)
 
 

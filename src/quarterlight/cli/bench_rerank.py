@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import ceiling_of, rounds, times_faster
-from quarterlight.errors import CheckpointError, InputError
+from quarterlight.cli.measure import ceiling_of, find_dtype, rounds, times_faster
+from quarterlight.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,11 +51,7 @@ def bench_rerank(
     import numpy as np
     import torch
 
-    from quarterlight.models.embedder import best_dtype
-
-    if dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"--dtype is float32 or bfloat16, got {dtype!r}.")
-    chosen = getattr(torch, dtype) if dtype else best_dtype(torch.device(device))
+    chosen = find_dtype(dtype, device)
     with torch.inference_mode(), console.progress("runs") as bar:
         waiting = bar.add_task(f"Building {shape}", total=None)
         ceiling = ceiling_of(device, chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import io
 import multiprocessing
@@ -20,7 +19,7 @@ import numpy as np
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.measure import MemoryPeak
+from quarterlight.cli.measure import MemoryPeak, compressed_config, with_compression
 from quarterlight.errors import InputError, did_you_mean
 
 _Result = TypeVar("_Result")
@@ -195,7 +194,7 @@ def _vtc(settings: Mapping[str, Any]) -> dict[str, Any]:
         model, processor = _build(settings, lora=True)
         side = processor.image_processor.size.height * (1 if settings["max_tiles"] == 1 else 2)
         pairs = _pairs(Path(folder), settings["batch"], side, max_tiles=settings["max_tiles"])
-        runs = {factor: _contrast(*_compressed(model, processor, factor), pairs, settings) for factor in factors}
+        runs = {factor: _contrast(*with_compression(model, processor, factor), pairs, settings) for factor in factors}
         bar.remove_task(waiting)
         line = bar.add_task("Timing", total=(1 + settings["repeats"]) * len(factors))
         for turn in range(1 + settings["repeats"]):
@@ -378,19 +377,6 @@ def _build(settings: Mapping[str, Any], *, lora: bool) -> tuple[Any, Any]:
     return model, processor
 
 
-def _compressed(model: Any, processor: Any, factor: int) -> tuple[Any, Any]:
-    """The same weights with another s."""
-    model, processor = copy.copy(model), copy.copy(processor)
-    model.config = _with_factor(model.config, factor)
-    processor.agree_with(model.config)
-    return model, processor
-
-
-def _with_factor(config: Any, factor: int) -> Any:
-    """The configuration with another s, and the tokens of a tile that follow from it."""
-    return type(config).from_dict({**config.to_dict(), "visual_token_compression": factor})
-
-
 def _pairs(folder: Path, num_pairs: int, side: int, *, max_tiles: int, num_negatives: int = 0) -> Any:
     """A mixture of one task: a dozen words ask for a generated picture of ``side`` x ``side`` pixels."""
     from PIL import Image
@@ -566,7 +552,7 @@ def _arithmetic(config: Any, processor: Any, settings: Mapping[str, Any], pairs:
     passes = 3 if settings["recompute"] else 2
     work = []
     for factor in (1, 2):
-        one = _with_factor(config, factor)
+        one = compressed_config(config, factor)
         tokens = target + 2 + tiles * one.image_seq_length
         work.append(
             flops.vision_flop(one, tiles) + passes * (flops.text_flop(one, query) + flops.text_flop(one, tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import statistics
@@ -11,10 +12,39 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quarterlight.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
 _K = TypeVar("_K", bound=Hashable)
+
+
+def find_dtype(name: str | None, device: str) -> torch.dtype:
+    """That of ``--dtype``; without a name, the faster on the device. Raises InputError for any other name."""
+    import torch
+
+    from quarterlight.models.embedder import best_dtype
+
+    if name is None:
+        return best_dtype(torch.device(device))
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype is float32 or bfloat16, got {name!r}.")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def with_compression(model: Any, processor: Any, compression: int) -> tuple[Any, Any]:
+    """The same weights with another s, and a processor that agrees; both as they were are left as they were."""
+    model, processor = copy.copy(model), copy.copy(processor)
+    model.config = compressed_config(model.config, compression)
+    processor.agree_with(model.config)
+    return model, processor
+
+
+def compressed_config(config: Any, compression: int) -> Any:
+    """The configuration with another s, and the tokens of a tile that follow from it."""
+    return type(config).from_dict({**config.to_dict(), "visual_token_compression": compression})
 
 
 def seconds(function: Callable[[], Any], device: str, now: Callable[[], float] = time.perf_counter) -> float:
