@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -285,6 +286,9 @@ def test_a_stage_is_due_again_when_what_it_depends_on_changes(finished: Path, tm
     assert due(warmup(temperature=0.1)) == ["warmup"]  # and the later ones once it has been run
     assert due(warmup(eval_every=1)) == []
     assert due(recipe(seed=1)) == list(STAGES)
+    assert due(recipe(finetune=values()["finetune"] | {"initial_weight": 0.0})) == []
+    assert due(recipe(finetune=values()["finetune"] | {"initial_weight": 0.5})) == ["finetune"]
+    assert due(recipe(finetune=values()["finetune"] | {"freeze_eyes": True})) == ["finetune"]
     for changed, stages in {"eval_every": [], "eval_queries": ["rerank"], "visual_tokens_bytes": []}.items():
         rerank = values()["rerank"]
         assert due(recipe(rerank=rerank | {"loss": rerank["loss"] | {changed: 5}})) == stages
@@ -308,6 +312,28 @@ def test_stages_can_be_run_one_by_one(finished: Path, tmp_path: Path) -> None:
     run(recipe(seed=3), DATA, tmp_path, first="retrieve", last="retrieve", report=said.append)
     assert said[0] == "start: taken as it is"
     assert sorted(one.name for one in tmp_path.iterdir() if one.is_dir())[-2:] == ["tower", "warmup"]
+
+
+@pytest.mark.parametrize(("stage", "before"), [("hard_negatives", "warmup"), ("finetune", "hard_negatives")])
+def test_a_stage_can_leave_the_average_of_what_it_began_with_and_what_it_trained(
+    finished: Path, tmp_path: Path, stage: str, before: str
+) -> None:
+    weights = [load_file(finished / before / "model.safetensors")]
+    for share in (0.0, 0.25):  # whole weights and, in finetune, an adapter that is merged; all behind frozen eyes
+        folder = tmp_path / str(share)
+        for one in STAGES[: STAGES.index(stage)]:
+            shutil.copytree(finished / one, folder / one)
+        changed = recipe(**{stage: values()[stage] | {"freeze_eyes": True, "initial_weight": share}})
+        assert _Pipeline(changed, DATA, folder).finished(before)
+        run(changed, DATA, folder, first=stage, last=stage, report=lambda _: None)
+        weights.append(load_file(folder / stage / "model.safetensors"))
+    initial, trained, left = weights
+    assert initial.keys() == trained.keys() == left.keys()
+    for name, weight in left.items():
+        torch.testing.assert_close(weight, 0.25 * initial[name] + 0.75 * trained[name], rtol=1e-6, atol=1e-7)
+        if "vision_tower" in name or "projector" in name:  # not altered, though the recipe augments pictures elsewhere
+            assert torch.equal(weight, initial[name])
+    assert any(not torch.equal(trained[name], initial[name]) for name in initial)
 
 
 def test_training_can_begin_with_a_checkpoint(finished: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def test_overrides_reach_nested_keys_lists_and_missing_sections() -> None:
         ("rerank.loss.max_negatives=9", "at most 8"),
         ("rerank.loss.pointwise_weight=-1.0", "pointwise_weight must not be below 0"),
         ("rerank.loss={pointwise_weight: 0, listwise_weight: 0}", "must not both be 0"),
+        ("finetune.initial_weight=1.5", "initial_weight must be a share from 0 to 1"),
+        ("finetune={optimizer: {num_steps: 1, learning_rate: 1}, lora: {keep: true}, initial_weight: 0.5}", "is kept"),
         ("rerank.fusion_weight=1.5", "fusion_weight must be a share from 0 to 1"),
         ("rerank.weights={emoji/t2t2: 1.0}", "does not name. Did you mean 'emoji/t2t'"),
         ("model.text.tie_word_embeddings=false", "no language head of its own"),

@@ -69,6 +69,8 @@ from quarterlight.recipe import (
     check_heeded,
 )
 from quarterlight.records import Item
+from quarterlight.training.augment import AugmentRecipe
+from quarterlight.training.averaging import average
 from quarterlight.training.collate import Pictures, PromptEncoder
 from quarterlight.training.contrast import train_contrastive
 from quarterlight.training.distill import train_distill
@@ -234,11 +236,14 @@ class _Pipeline:
                 del one["loss"]["instructions"]
             if stage == "teach" and self.recipe.teach and self.recipe.teach.ranks == self.recipe.teach.depth:
                 del one["search_depth"]
+            if not one.get("initial_weight", True):
+                del one["initial_weight"]
             if one.get("loss", {}).get("max_pixels", 0) is None:
                 del one["loss"]["max_pixels"]
                 if stage == "restore":
                     one["loss"]["max_pixels"] = MAX_PIXELS
-            settings |= {"augment": self.recipe.augment and asdict(self.recipe.augment), "devices": self.recipe.devices}
+            augment = self._augment(stage)
+            settings |= {"augment": augment and asdict(augment), "devices": self.recipe.devices}
         if stage != "restore":
             settings["mixture"] = [asdict(task) for task in self.recipe.tasks(stage)]
         before = {one: self.manifest(one).get("fingerprint") or self.fingerprint(one) for one in self._reads(stage)}
@@ -446,7 +451,7 @@ class _Pipeline:
         teacher = Teacher(stage.network)
         train_contrastive(
             teacher,
-            encode=TeacherEncoder(self._pictures(self._processor("start")), stage.network),
+            encode=TeacherEncoder(self._pictures("teacher", self._processor("start")), stage.network),
             mixture=self.mixture("teacher"),
             validation=self._validation("teacher") if stage.loss.eval_every else [],
             recipe=stage.loss,
@@ -467,7 +472,7 @@ class _Pipeline:
             model.vision_tower,
             self._teacher(),
             items=[Item(image=source, max_tiles=tiles) for source, tiles in self._distinct_pictures()],
-            pictures=self._pictures(processor),
+            pictures=self._pictures("tower", processor),
             recipe=stage.imitation,
             optimizer=stage.optimizer,
             folder=work,
@@ -554,13 +559,13 @@ class _Pipeline:
                 part.requires_grad_(False)
         settings = self._settings(name)
         settings = replace(settings, max_pixels=stage.loss.max_pixels or settings.max_pixels)
-        pictures = self._pictures(processor, settings.max_pixels)
+        pictures = self._pictures(name, processor, settings.max_pixels)
         teacher_encoder = None
         if guided:
             assert self.recipe.teacher is not None
             teacher_encoder = TeacherEncoder(pictures, self.recipe.teacher.network)
         eyes = None
-        if (stage.lora is not None or stage.freeze_eyes) and self.recipe.augment is None and not guided:
+        if (stage.lora is not None or stage.freeze_eyes) and self._augment(name) is None and not guided:
             # what the tower sees is kept, so the tiles need not be
             pictures = Pictures(processor.image_processor, max_pixels=settings.max_pixels, max_bytes=0)
             eyes = FrozenEyes(model, processor.image_processor, VisualTokens(stage.loss.visual_tokens_bytes))
@@ -593,6 +598,9 @@ class _Pipeline:
         keep = stage.lora is not None and stage.lora.keep
         if stage.lora is not None and not keep:
             merge_lora(model)
+        if stage.initial_weight and self.state.is_main_process:
+            initial, _ = self._backbone(name, dtype=model.dtype)
+            average(model, initial, stage.initial_weight)
         last = name == self.recipe.embedders[-1] and self.recipe.stages[-1] in (name, "rerank")
         dtype = torch.bfloat16 if last else None
         self._save(draft, model, processor, dtype=dtype, adapter=keep, temperature=temperature)
@@ -882,8 +890,13 @@ class _Pipeline:
         """How the model of a stage was made."""
         return {"recipe": asdict(self.recipe), "inputs_sha256": self.inputs(stage)} | environment()
 
-    def _pictures(self, processor: VTCProcessor, max_pixels: int | None = None) -> Pictures:
-        return Pictures(processor.image_processor, self.recipe.augment, max_pixels=max_pixels)
+    def _pictures(self, stage: str, processor: VTCProcessor, max_pixels: int | None = None) -> Pictures:
+        return Pictures(processor.image_processor, self._augment(stage), max_pixels=max_pixels)
+
+    def _augment(self, stage: str) -> AugmentRecipe | None:
+        """How the pictures of a stage are altered: where the eyes are frozen, not at all."""
+        frozen = getattr(self.recipe.trained.get(stage), "freeze_eyes", False)
+        return None if frozen else self.recipe.augment
 
     def _teacher(self) -> Teacher:
         assert self.recipe.teacher is not None

@@ -285,7 +285,19 @@ class EmbedStage(MixtureStage):
 
     loss: EmbedRecipe
     freeze_eyes: bool = False
-    """leaves vision tower and connector as they are, as adapters do"""
+    """leaves vision tower and connector as they are, as adapters do, and pictures without augmentation, so that what is
+    seen can be kept"""
+    initial_weight: float = 0.0
+    """share of the weights that the stage began with in those that it leaves, the average of these and the trained ones
+    (WiSE-FT, arXiv:2109.01903); validation during training is of the trained ones alone"""
+
+    def __post_init__(self) -> None:
+        check_share(self, "initial_weight")
+        if self.initial_weight and self.lora is not None and self.lora.keep:
+            raise RecipeError(
+                f"initial_weight is {self.initial_weight}, but an adapter that is kept (lora.keep) leaves the initial "
+                "weights as they are: give one of the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
