@@ -18,7 +18,7 @@ import quarterlight
 from quarterlight import Embedder as PublicEmbedder
 from quarterlight import Item
 from quarterlight.errors import CheckpointError, ImageError, InputError
-from quarterlight.models.embedder import Embedder, Work, best_dtype
+from quarterlight.models.embedder import Embedder, Work, best_dtype, tokens_of_a_pass
 from quarterlight.models.pooling import Attention
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.prompts import query_instruction
@@ -280,6 +280,23 @@ def test_public_name() -> None:
     assert PublicEmbedder is Embedder
 
 
+def test_a_long_row_does_not_pad_short_ones(tiny_checkpoint: Path) -> None:
+    """Padding never costs more than another pass would; counted at the language model itself."""
+    options: dict[str, Any] = {"tokens_per_batch": 4000, "shared_prefix": False}
+    embedder = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", num_workers=0, **options)
+    seen: list[tuple[int, int]] = []
+    embedder.model.language_model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:2]))
+    words = [1, 1, 2, 2, 3, 150, 150, 80, 30, 31, 32] * 3
+    texts = [f"number {index}" + " apple" * count for index, count in enumerate(words)]
+    embedder.encode_document(texts)
+    work = embedder.work
+    assert 1 < work.batches == len(seen) < len(texts)
+    assert sum(rows * length for rows, length in seen) == work.tokens + work.padding
+    assert work.padding <= work.batches * tokens_of_a_pass(torch.device("cpu"))
+    whole = max(length for _, length in seen) * len(texts) - work.tokens
+    assert work.padding < whole / 10  # in one batch
+
+
 def test_a_common_beginning_is_read_once(tiny_checkpoint: Path) -> None:
     """Counted at the language model itself, so that the fast path cannot be off without anybody noticing."""
     embedder = Embedder(tiny_checkpoint, dtype=torch.float32, device="cpu", num_workers=0, tokens_per_batch=400)
@@ -298,8 +315,9 @@ def test_a_common_beginning_is_read_once(tiny_checkpoint: Path) -> None:
     assert len(lengths) > 2  # and no other batch, nor window, reads it again
     rest = sum(rows * columns for rows, columns in lengths[1:])
     assert total - 40 * opening <= rest <= 1.2 * (total - 40 * opening)
-    batches = len(lengths) - 1
-    assert embedder.work == Work(rows=40, tokens=total, batches=batches, rows_sharing=40, tokens_spared=39 * opening)
+    batches, padding = len(lengths) - 1, rest - (total - 40 * opening)
+    sharing = {"rows_sharing": 40, "tokens_spared": 39 * opening}
+    assert embedder.work == Work(rows=40, tokens=total, batches=batches, padding=padding, **sharing)
 
     lengths.clear()
     embedder.encode_query(texts[:2], instruction="")  # two rows, for which it does not pay

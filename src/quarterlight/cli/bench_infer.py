@@ -564,7 +564,8 @@ def _fast_paths(
     counted = {
         "batches by tokens": (
             done["rows"] - done["batches"],
-            f"{done['rows']:,} rows in {done['batches']:,}, up to {embedder.tokens_per_batch:,} tokens each",
+            f"{done['rows']:,} rows in {done['batches']:,}, up to {embedder.tokens_per_batch:,} tokens each, with "
+            f"{done['padding']:,} of padding",
         ),
         "pictures decoded meanwhile": (
             done["pictures_ahead"],

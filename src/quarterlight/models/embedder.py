@@ -77,11 +77,11 @@ def best_tokens_per_batch(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 8192
 
 
-def least_spared(device: torch.device) -> int:
-    """Tokens that a common beginning must spare: reading it alone is one more pass through all layers.
+def tokens_of_a_pass(device: torch.device) -> int:
+    """What one more pass through all layers costs, in tokens: what it spares must be worth as many.
 
-    On a CPU that pass takes as long as 30 tokens more in a batch of nano (``benchmarks/LOG.md``).  On a GPU, where a
-    pass of few tokens takes as long as one of many, the number is an estimate.
+    On a CPU it takes as long as 30 tokens more in a batch of nano (``benchmarks/LOG.md``).  On a GPU, where a pass of
+    few tokens takes as long as one of many, the number is an estimate.
     """
     return 64 if device.type == "cpu" else 2048
 
@@ -91,7 +91,7 @@ class Work:
     """What an embedder has done since it was made; items that a call has seen before are not counted again.
 
     rows, tokens: items that went through the language model, and their tokens without padding.
-    batches: in how many passes.
+    batches, padding: in how many passes, and the tokens that made the rows of a pass alike in length.
     rows_packed: items that did so in one sequence, without padding.
     rows_sharing, tokens_spared: those whose beginning was read for other rows too, and tokens not read for that reason.
     pictures, pictures_spared: those of the rows, and those of them that did not go through the vision tower because the
@@ -103,6 +103,7 @@ class Work:
     rows: int = 0
     tokens: int = 0
     batches: int = 0
+    padding: int = 0
     rows_packed: int = 0
     rows_sharing: int = 0
     tokens_spared: int = 0
@@ -511,7 +512,7 @@ class Embedder:
         """
         if not self.shares_prefixes:
             return [((), list(jobs))]
-        enough = least_spared(self.model.device)
+        enough = tokens_of_a_pass(self.model.device)
 
         def spares(opening: tuple[int, ...], rows: int) -> bool:
             return bool(opening) and (opening in prefixes or (rows - 1) * len(opening) >= enough)
@@ -528,21 +529,22 @@ class Embedder:
         return groups
 
     def _batches(self, jobs: Sequence[_Job], num_read: int = 0) -> Iterator[list[_Job]]:
-        """Runs of jobs, shortest first, that fill ``tokens_per_batch`` when padded to the longest of the run.
+        """Runs of jobs, shortest first, of ``tokens_per_batch`` at most when padded to the longest of the run.
 
+        A run ends before its padding would cost more than one more pass.
         num_read: their first tokens, which do not count.
         """
+        most_padding = tokens_of_a_pass(self.model.device)
         batch: list[_Job] = []
+        total = 0
         for job in jobs:
-            size = self._num_tokens(job) - num_read
-            if self.packed:
-                size += sum(map(self._num_tokens, batch))
-            else:
-                size *= len(batch) + 1
-            if batch and size > self.tokens_per_batch:
+            longest = self._num_tokens(job) - num_read
+            size = total + longest if self.packed else longest * (len(batch) + 1)
+            if batch and (size > self.tokens_per_batch or size - total - longest > most_padding):
                 yield batch
-                batch = []
+                batch, total = [], 0
             batch.append(job)
+            total += longest
         if batch:
             yield batch
 
@@ -574,7 +576,9 @@ class Embedder:
                         shown[job.key] = tokens.to(torch.float16).cpu().numpy()
         self.work.batches += 1
         self.work.rows += len(batch)
-        self.work.tokens += sum(map(self._num_tokens, batch))
+        lengths = [self._num_tokens(job) for job in batch]
+        self.work.tokens += sum(lengths)
+        self.work.padding += 0 if self.packed else max(lengths) * len(batch) - sum(lengths)
         if opening:
             prefix: Prefix
             if opening in prefixes:
