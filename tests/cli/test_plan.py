@@ -17,7 +17,7 @@ def test_the_plan_stands_beside_the_papers_figures(monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(program(), ["train", str(RECIPE), "--dry-run"])
     assert result.exit_code == 0, result.output
     rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert "warmup 16.6M (16M) 6,144 5,406 1.25M 805K 18.5M 33 22h56m (22h57m)" in rows
+    assert "warmup 16.6M (16M) 6,144 5,406 0.0002 1.25M 805K 18.5M 33 22h56m (22h57m)" in rows
     assert any(row.startswith("hard_negatives 16.6M (16M) 3,072 10,812 ") for row in rows)
     assert any(row.startswith("finetune 1.55M (1.5M) 576 5,376 ") for row in rows)
     assert "Utilisation: 8.4%" in result.stdout and "calibrated on Table 9" in result.stdout
@@ -30,8 +30,20 @@ def test_a_recipe_without_the_papers_figures() -> None:
     result = CliRunner().invoke(program(), ["train", str(nano), "--dry-run"])
     assert result.exit_code == 1
     assert result.stderr.endswith("does not say how many `samples` it has: give --data, where it lies.\n")
+
+
+def test_u_marvels_batches_steps_and_learning_rates_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its specification; of distillation, a tenth of the queries."""
+    monkeypatch.setenv("COLUMNS", "160")
     result = CliRunner().invoke(program(), ["train", str(RECIPE.with_name("u_marvel_7b.yaml")), "--dry-run"])
     assert result.exit_code == 0 and "In brackets" not in result.stdout
+    rows = {line.split()[0]: line.split()[1:5] for line in result.stdout.splitlines() if line[:1].islower()}
+    assert rows["text_pairs"] == ["275K", "576", "955", "0.0002"]
+    assert rows["caption_pairs"] == ["595K", "3,840", "155", "0.0001"]
+    assert rows["warmup"] == ["1.33M", "3,840", "347", "0.0004"]
+    assert rows["hard_negatives"] == ["1.33M", "1,088", "1,225", "1.5e-05"]
+    assert rows["rerank"] == ["1.33M", "512", "2,604", "2e-05"]
+    assert rows["distill"] == ["133K", "128", "1,042", "1e-05"]
 
 
 def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

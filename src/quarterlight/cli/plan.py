@@ -8,7 +8,7 @@ from quarterlight.cli import console
 from quarterlight.plan import ASSUMPTIONS, DENSE_UTILISATION, UTILISATION, StagePlan, find_device
 from quarterlight.recipe import Recipe
 
-_COLUMNS = ("samples", "batch", "steps", "tokens", "visual", "trained", "GB", "hours")
+_COLUMNS = ("samples", "batch", "steps", "rate", "tokens", "visual", "trained", "GB", "hours")
 
 
 def print_plan(recipe: Recipe, stages: Sequence[StagePlan], *, devices: int | None, device: str) -> None:
@@ -21,11 +21,13 @@ def print_plan(recipe: Recipe, stages: Sequence[StagePlan], *, devices: int | No
     table = console.table("stage", *_COLUMNS, title=title, right=_COLUMNS)
     for stage in stages:
         whole = "" if stage.steps else " in all"
+        optimizer = getattr(getattr(recipe, stage.stage, None), "optimizer", None)
         table.add_row(
             stage.stage,
             _beside(_count(stage.samples), _count(stage.paper_samples)),
             _count(stage.batch),
             "" if stage.steps is None else f"{stage.steps:,}",
+            "" if optimizer is None else f"{optimizer.learning_rate:g}",
             _count(stage.tokens, whole),
             _count(stage.visual_tokens, whole),
             _count(stage.trained),
@@ -51,7 +53,7 @@ def print_plan(recipe: Recipe, stages: Sequence[StagePlan], *, devices: int | No
         )
     told = any(stage.paper_samples or stage.paper_hours for stage in stages)
     for sentence in (
-        "batch, tokens, visual: of one optimiser step on all devices.",
+        "batch, tokens, visual: of one optimiser step on all devices. rate: the learning rate at its peak.",
         "GB: memory of one device, without what the allocator wastes.",
         *["In brackets: what the paper reports, on 48 A800."] * told,
         f"hours: work / ({count} x {kind.tflops:g} TFLOP/s x utilisation). Utilisation: {utilisation}.",
