@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine: workers die, and what comes out is what one process makes."""
+"""A Ray cluster of two nodes on this machine: workers die, and what comes out is what one process makes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +33,17 @@ SMALL = EmbedConfig(items_per_shard=4, items_per_group=2)
 
 
 class Mortal(FakeEncoder):
-    """Kills the process that it is in, unless that has happened before."""
+    """Kills the process that it is in, unless that has happened before.
 
-    def __init__(self, mark: Path) -> None:
+    mark: made when it does.  nodes: folder of the names of the nodes that it worked on.
+    """
+
+    def __init__(self, mark: Path, nodes: Path) -> None:
         super().__init__()
-        self.mark = mark
+        self.mark, self.nodes = mark, nodes
 
     def encode_document(self, items: Sequence[Item], *, instruction: str | None = None) -> npt.NDArray[np.float32]:
+        (self.nodes / ray.get_runtime_context().get_node_id()).touch()
         if self.num_encoded >= 2 and not self.mark.exists():  # in the midst of its work
             self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -47,14 +52,20 @@ class Mortal(FakeEncoder):
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[None]:
-    """A cluster of two CPUs, which all tests share: most of their time goes into starting its processes."""
+    """Two nodes of a CPU each, which all tests share: most of their time goes into starting their processes."""
     import sys
+
+    from ray.cluster_utils import Cluster as Nodes
 
     ray.cloudpickle.register_pickle_by_value(fakes)  # the workers cannot import the tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(address="local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+    each: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    nodes = Nodes(initialize_head=True, head_node_args=each)
+    nodes.add_node(**each)
+    ray.init(address=nodes.address, log_to_driver=False)
     yield
     ray.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture
@@ -69,13 +80,15 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_a_killed_worker_loses_nothing(local: None, corpus: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "killed"
-    cluster = Cluster.connect("auto", functools.partial(Mortal, mark), num_workers=1)
+    mark, nodes = tmp_path / "killed", tmp_path / "nodes"
+    nodes.mkdir()
+    cluster = Cluster.connect("auto", functools.partial(Mortal, mark, nodes), num_workers=2)
     identity = cluster.identity()
     assert identity == identity_of(FakeEncoder())
     inputs = [corpus, corpus / "list.jsonl"]
     report = embed(inputs, ShardFolder.create(tmp_path / "ray", identity), cluster, config=SMALL)
     assert mark.exists(), "a worker was killed at work"
+    assert len(list(nodes.iterdir())) == 2, "a worker on each node had a part in it"
     alone = embed(inputs, ShardFolder.create(tmp_path / "alone", identity), Local(FakeEncoder()), config=SMALL)
     assert content(tmp_path / "ray") == content(tmp_path / "alone")
     assert len(content(tmp_path / "ray")) == report.num_rows == 10
