@@ -120,6 +120,27 @@ def test_qwen_gives_the_same_vectors(
     np.testing.assert_allclose(theirs.encode_document(items), ours.encode_document(items), rtol=0, atol=1e-5)
 
 
+def test_qwen_attends_to_the_instruction_and_pools_none_of_it(qwen: Marked, picture: Pictures) -> None:
+    model, processor = qwen
+    settings = replace(SETTINGS, max_pixels=24 * 64)
+    formatter = InputFormatter(processor, settings)
+    inputs = formatter([Item(text="a cat", image=picture(0, 40, 24)), "a cat"], "query", "Find it.")
+    span_BL = inputs["instruction_mask"].bool()
+    assert span_BL.any(dim=1).all()
+    hidden: list[torch.Tensor] = []
+    hook = model.language_model.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state))
+    try:
+        pooled = embed(model, inputs, pooling=settings.pooling, attention=settings.attention)
+    finally:
+        hook.remove()
+    (weight_BLD,) = torch.autograd.grad(pooled.square().sum(dim=1)[0] + pooled.sum(), hidden[-1])
+    assert not weight_BLD[span_BL].any()
+    assert weight_BLD[~span_BL & inputs["attention_mask"].bool()].abs().sum(dim=-1).min() > 0
+    embedder = Embedder.from_model(model, processor, settings)
+    one, other = (embedder.encode_query("a cat", instruction=text) for text in ("Find it.", "Find at."))
+    assert np.abs(one - other).max() > 1e-4
+
+
 @pytest.mark.parametrize("saved", KINDS)
 def test_settings_and_not_the_configuration_decide(
     marked: Marked, items: list[Any], tmp_path: Path, saved: Any
