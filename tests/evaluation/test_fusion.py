@@ -96,8 +96,11 @@ def test_an_evaluation_takes_the_weight_of_its_task() -> None:
     for name in ("x", "y", "z"):
         result = RetrievalEvaluator(Angles(), reranker=judge, rerank=3).evaluate(task(name, "b", "test"))
         assert result.reranked is not None
-        found[name] = result.reranked.metrics["precision@1"]
-    assert found == {"x": 1.0, "y": 1.0, "z": 0.0}
+        found[name] = result.reranked.metrics["precision@1"], result.fusion_weight
+    assert found == {"x": (1.0, 1.0), "y": (1.0, 1.0), "z": (0.0, 0.0)}
+    given = RetrievalEvaluator(Angles(), reranker=judge, rerank=3, fusion_weight=0.5).evaluate(task("x", "b", "test"))
+    assert given.fusion_weight == given.to_json()["fusion_weight"] == 0.5
+    assert RetrievalEvaluator(Angles()).evaluate(task("x", "b", "test")).fusion_weight is None
     assert RerankerSettings.from_dict(judge.settings.to_dict()) == judge.settings
     with pytest.raises(CheckpointError, match=r"from 0 to 1, got 2.0 for 'x'"):
         RerankerSettings.from_dict({"fusion_weights": {"x": 2.0}})
@@ -141,6 +144,7 @@ def test_a_suite_takes_the_weight_of_the_direction() -> None:
     evaluator = RetrievalEvaluator(Angles(), reranker=judge, rerank=3)
     (record,) = run_suite(evaluator, suite, suite.tasks, lambda _: asked).to_json()["tasks"]
     assert record["score"] == 0.0 and record["reranked"] == 1.0
+    assert record["fusion_weight"] == tuned[0].weight != judge.settings.fusion_weight
 
 
 @pytest.fixture
