@@ -20,6 +20,7 @@ from quarterlight.evaluation.benchmark import run_suite
 from quarterlight.evaluation.fusion import by_direction, tune_fusion
 from quarterlight.evaluation.retrieval import RetrievalEvaluator
 from quarterlight.evaluation.suites import Suite, SuiteTask
+from quarterlight.metrics.fusion import RERANK
 from quarterlight.models.checkpoint import load_reranker_settings, save_fusion_weights
 from quarterlight.models.reranker import Reranker
 from quarterlight.models.settings import RerankerSettings
@@ -171,14 +172,15 @@ def test_the_command_saves_what_it_found_and_opens_no_test_file(
 
     OPENED.append("begin")
     try:
-        assert call("--dry-run") == 0
+        assert call("--dry-run", "--rerank") == 0
         assert load_reranker_settings(model / "reranker").fusion_weights == {}
         assert call() == 0
     finally:
         seen = {Path(name).name for name in OPENED}
         OPENED.clear()
     assert "t2i.val.jsonl" in seen and not any(".test" in name or ".train" in name for name in seen)
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    dry, said = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (dry["rerank"], said["rerank"]) == (RERANK, 4)
     settings = load_reranker_settings(model / "reranker")
     found = said["tasks"]["emoji/t2i"]
     assert settings.fusion_weights == dict.fromkeys(("emoji/t2i", "t2i"), found["weight"])

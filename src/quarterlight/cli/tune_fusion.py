@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.models import RerankerOption, open_pair
+from quarterlight.cli.models import K, RerankerOption, open_pair
 from quarterlight.data.retrieval import find_datasets
 from quarterlight.errors import DatasetError, did_you_mean
 from quarterlight.evaluation.fusion import METRIC, SPLIT, TunedWeight, by_direction, check_split, tune_fusion
 from quarterlight.evaluation.retrieval import sample_queries
 from quarterlight.manifest import environment
+from quarterlight.metrics.fusion import RERANK
 from quarterlight.models.checkpoint import save_fusion_weights
 from quarterlight.models.reranker import reranker_folder
 
@@ -25,7 +26,9 @@ def tune_fusion_command(
     reranker: RerankerOption = None,
     split: Annotated[str, typer.Option(help=f"Only {SPLIT} will do.")] = SPLIT,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, by commas: t2i,i2t.")] = None,
-    rerank: Annotated[int, typer.Option(min=1, help="Candidates of a query that are reranked.")] = 10,
+    rerank: Annotated[
+        int, typer.Option(min=1, metavar=K, help=f"Candidates of a query that are reranked ({RERANK} without K).")
+    ] = RERANK,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many queries a task, a fixed random sample.")
     ] = None,

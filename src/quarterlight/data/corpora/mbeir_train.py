@@ -28,7 +28,7 @@ def read(corpus: Corpus) -> Examples:
 
 
 def instructions(corpus: Corpus) -> tuple[str, ...]:
-    """What queries of the task may have, by the registry: rows have none, they are published in a table of their own."""
+    """What queries of the task may have, by the registry: M-BEIR has them in a table of their own, not in rows."""
     name = f"M-BEIR/{corpus.options.get('set')} task{corpus.options.get('task')}".lower()
     return next((entry.query_instructions for entry in datasets() if entry.name.lower() == name), ())
 
