@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.models.qwen import plain_qwen
 from tests.test_pipeline import DATA
 
-from quarterlight.errors import RecipeError
+from quarterlight.errors import CheckpointError, RecipeError
 from quarterlight.mining.teaching import read_taught
 from quarterlight.models import presets
 from quarterlight.models.checkpoint import load_settings, load_temperature
@@ -187,6 +188,25 @@ def test_released_weights_keep_what_their_folder_leaves_out(released: Path, tmp_
     assert again._checkpoint_hash == checkpoint_hash != unnamed._checkpoint_hash
     with pytest.raises(RecipeError, match="there is no model"):
         make({"preset": "tiny"})
+
+
+def test_released_weights_hand_on_their_temperature(released: Path, tmp_path: Path) -> None:
+    def begins_with(temperature: torch.Tensor | None, **changes: Any) -> float:
+        weights = load_file(released / "model.safetensors")
+        weights.pop("sim.temp", None)
+        weights |= {} if temperature is None else {"sim.temp": temperature}
+        save_file(weights, released / "model.safetensors", metadata={"format": "pt"})
+        loss = {"temperature": 0.05, "inherit_temperature": True, "min_temperature": 0.02} | changes
+        recipe = make({"checkpoint": str(released)}, warmup=contrast(**loss))
+        assert recipe.warmup is not None
+        return _Pipeline(recipe, DATA, tmp_path / "run")._loss("warmup", recipe.warmup.loss).temperature
+
+    assert begins_with(None) == 0.05
+    assert begins_with(torch.tensor(0.03125)) == begins_with(torch.tensor([0.03125], dtype=torch.bfloat16)) == 0.03125
+    assert begins_with(torch.tensor(0.01)) == 0.02, "not below what the recipe allows"
+    assert begins_with(torch.tensor(0.03), inherit_temperature=False) == 0.05
+    with pytest.raises(CheckpointError, match=r"'sim.temp' of .* one number; it has the shape \[2\]"):
+        begins_with(torch.ones(2))
 
 
 def test_a_checkpoint_is_more_than_its_weights(tiny_checkpoint: Path, tiny_pair: Path, tmp_path: Path) -> None:

@@ -582,7 +582,11 @@ class _Pipeline:
 
     def _loss(self, name: str, loss: _Loss) -> _Loss:
         """What a stage says of its loss, with the temperature of the model that it begins with if it inherits that."""
-        if not loss.inherit_temperature or (before := load_temperature(self._before(name))) is None:
+        if not loss.inherit_temperature:
+            return loss
+        released = self._released(name)
+        before = load_temperature(self._before(name), released.temperature if released else None)
+        if before is None:
             return loss
         return replace(loss, temperature=min(loss.max_temperature, max(loss.min_temperature, before)))
 

@@ -95,7 +95,7 @@ class TaskRecipe:
     samples: int | None = None
     """how many queries it has, for planning before the data is there"""
     instruction: str | None = None
-    """of its queries, in place of the usual one of the direction; an empty one is none"""
+    """of its queries, in place of those of the dataset or the usual one of the direction; an empty one is none"""
 
     def __post_init__(self) -> None:
         _check_entry(self.registry, self.weight)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -113,6 +113,21 @@ def test_both_orders_beside_each_other(run: Run, monkeypatch: pytest.MonkeyPatch
     manifest = report["manifest"]
     assert {"rerank": 3, "fusion_weight": 0.5}.items() <= manifest["settings"].items()
     assert (manifest["reranker"]["name"], manifest["reranker"]["hash"]) == ("undecided", "dec1de")
+
+
+def test_results_name_the_weights_that_they_were_made_with(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*arguments: str, **settings: Any) -> tuple[list[float], float | None]:
+        judge = Undecided()
+        judge.settings = RerankerSettings(**settings)
+        monkeypatch.setattr(command, "_open_pair", lambda *_: (Constant(), judge))
+        report = json.loads(run(FIXTURE / "emoji", "--tasks", "t2i,i2t", "--rerank", "3", "--json", *arguments).stdout)
+        return [one["fusion_weight"] for one in report["results"]], report["manifest"]["settings"]["fusion_weight"]
+
+    weights = {"emoji/t2i": 0.2, "i2t": 0.4}
+    assert found(fusion_weights=weights) == ([0.2, 0.4], None)
+    assert found(fusion_weights=weights | {"emoji/t2i": 0.3}) == ([0.3, 0.4], None)
+    assert found("--fusion", "0.5", fusion_weights=weights) == ([0.5, 0.5], 0.5)
+    assert found() == ([1.0, 1.0], None)
 
 
 def test_a_real_pair(run: Run, tiny_pair: Path, tiny_checkpoint: Path) -> None:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.data import layouts
 
-from quarterlight.data.corpora import CORPORA
+from quarterlight.data.benchmarks import mbeir
+from quarterlight.data.corpora import CORPORA, mbeir_train
 from quarterlight.data.corpora.example import Corpus
 from quarterlight.data.corpora.folder import FolderCounts, write_folder
-from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask
+from quarterlight.data.registry import datasets, find
+from quarterlight.data.retrieval import RetrievalDataset, RetrievalTask, with_instructions
 from quarterlight.errors import DatasetError, InputError
 from quarterlight.images import load_image
+from quarterlight.prompts import QUERY_INSTRUCTIONS
 from quarterlight.records import Item, Query
 
 
@@ -168,6 +172,35 @@ def test_mbeir_training_files_hold_two_tasks(number: int, task: str, tmp_path: P
     assert len(loaded.queries) == 2 and counts.candidates == 3  # of a union of 48
     assert [len(query.negatives) for query in loaded.queries] == [1, 1]
     assert items(loaded, loaded.queries[0].positives)[0].text == f"oven text {number}00"
+
+
+def test_mbeir_folders_hold_the_instructions_of_their_tasks(tmp_path: Path) -> None:
+    layouts.write_mbeir(tmp_path / "source", "train")
+    out = tmp_path / "out"
+    for number, task in ((6, "it2t"), (8, "it2it")):
+        options = {"set": "oven", "task": str(number)}
+        write_folder(Corpus(path=tmp_path / "source", task=task, options=options), "mbeir", out)
+    loaded = {task: RetrievalDataset(out).load(task, "train") for task in ("it2t", "it2it")}
+    for number, (task, one) in zip((6, 8), loaded.items(), strict=True):
+        published = find(f"M-BEIR/OVEN task{number}")[0].query_instructions
+        assert one.instructions == published and len(published) > 1
+        (asked,) = {query.item.instruction for query in with_instructions(one).queries}
+        assert asked == published[0] != QUERY_INSTRUCTIONS.get(task)
+    assert set(json.loads((out / "instructions.json").read_text())) == set(loaded)
+
+
+def test_every_task_of_mbeir_has_instructions() -> None:
+    for entry in datasets("train-stage3"):
+        if (name := re.fullmatch(r"M-BEIR/(\w+) task(\d)", entry.name)) is not None:
+            options = {"set": name[1].lower(), "task": name[2]}
+            assert options["set"] in mbeir.DATASETS
+            corpus = Corpus(path=Path("nowhere"), task=str(entry.task), options=options)
+            assert mbeir_train.instructions(corpus) == entry.query_instructions
+
+
+def test_other_layouts_write_no_instructions(tmp_path: Path) -> None:
+    task, _ = convert(tmp_path, "pairs", "t2t")
+    assert task.instructions == () and not (tmp_path / "out/instructions.json").exists()
 
 
 def test_mbeir_tasks_are_told_apart_by_modality_where_no_number_is_given(tmp_path: Path) -> None:

@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quarterlight.data.retrieval import RetrievalDataset, find_datasets, with_instructions, with_negatives
+from quarterlight.data.retrieval import (
+    RetrievalDataset,
+    find_datasets,
+    with_instructions,
+    with_negatives,
+    write_instructions,
+)
 from quarterlight.errors import DatasetError
 from quarterlight.images import load_image
 from quarterlight.records import ArchiveMember, Item
@@ -161,6 +168,42 @@ def test_with_instructions(tmp_path: Path) -> None:
     assert {q.item.instruction for q in several.queries} == {"One."}
     assert several.instructions == ("One.", "Two.") and several.candidates == task.candidates
     assert with_instructions(several) == several
+
+
+def test_instructions_of_a_folder(tmp_path: Path) -> None:
+    dataset = make(tmp_path, [query()], [candidate()])
+    plain, before = dataset.load("t2i", "test"), dataset.fingerprint("t2i", "test")
+    assert plain.instructions == ()
+    write_instructions(tmp_path, "t2i", ["One.", "Two."])
+    dataset = RetrievalDataset(tmp_path)
+    task = dataset.load("t2i", "test")
+    assert task == replace(plain, instructions=("One.", "Two."))
+    assert dataset.fingerprint("t2i", "test") != before
+    ready = with_instructions(task)
+    assert [one.item.instruction for one in ready.queries] == ["One."] and ready.instructions == ("One.", "Two.")
+    for given in ("Two.", ""):  # what a recipe says goes before, and nothing is left to draw
+        own = with_instructions(task, query=given)
+        assert [one.item.instruction for one in own.queries] == [given] and own.instructions == ()
+        assert with_instructions(own, query=given) == own
+    assert with_instructions(task, query=["Three.", "Four."]).instructions == ("Three.", "Four.")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"t2j": ["Find."]}', r"instructions.json names a task 't2j'.* Did you mean 't2i'"),
+        ('{"t2i": "Find."}', r"the task 't2i' must have a list of one or more sentences, got 'Find.'"),
+        ('{"t2i": []}', r"a list of one or more sentences, got \[\]"),
+        ('{"t2i": ["Find.", " "]}', "a list of one or more sentences"),
+        ('["Find."]', "must be a JSON object of tasks, got list"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_instructions_that_are_none(content: str, problem: str, tmp_path: Path) -> None:
+    dataset = make(tmp_path, [query()], [candidate()])
+    (tmp_path / "instructions.json").write_text(content)
+    with pytest.raises(DatasetError, match=problem):
+        dataset.load("t2i", "test")
 
 
 def test_with_negatives(tmp_path: Path) -> None:

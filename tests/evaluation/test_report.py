@@ -209,6 +209,22 @@ def test_the_html_needs_no_other_file_and_is_the_same_twice(tmp_path: Path) -> N
         assert (tmp_path / "a" / "plots" / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
+def test_a_report_names_the_weights_that_were_used() -> None:
+    suite = load_suite("mini")
+    record = record_of(suite, {task.name: 30.0 for task in suite.tasks}, reranker={"name": "judge", "hash": "def"})
+    record["settings"] = {"limit": None, "rerank": 5, "fusion_weight": 1.0}
+    assert "weight 1.0 beside the cosine" in to_markdown(report_blocks(suite, record)), "as older records say it"
+    assert "weight of the reranker" not in to_markdown(report_blocks(suite, record))
+    for number, one in enumerate(record["tasks"]):
+        one["fusion_weight"] = 0.2 if number else 0.05
+    page = to_markdown(report_blocks(suite, record))
+    assert "weights from 0.05 to 0.2, by task, beside the cosine" in page and "weight of the reranker" in page
+    assert page.count(" 0.05 |") == 1 and page.count(" 0.2 |") == len(record["tasks"]) - 1
+    for one in record["tasks"]:
+        one["fusion_weight"] = 0.2
+    assert "weight 0.2 beside the cosine" in to_markdown(report_blocks(suite, record))
+
+
 def test_without_any_score_there_is_still_a_page() -> None:
     suite = load_suite("crossmodal")
     record = record_of(suite, {"Urban1K_t2i": 0.0} if any(t.name == "Urban1K_t2i" for t in suite.tasks) else {})

@@ -68,10 +68,10 @@ class FakeReranker:
 
     vision_hash = FakeEyes.vision_hash
 
-    def __init__(self, *, fusion_weight: float = 1.0) -> None:
+    def __init__(self, **settings: Any) -> None:
         from quarterlight.models.settings import RerankerSettings  # imports torch, which most tests here do without
 
-        self.settings = RerankerSettings(fusion_weight=fusion_weight)
+        self.settings = RerankerSettings(**settings)
         self.asked: list[tuple[Item, list[Item], str | None]] = []
         self.num_seen = 0
 

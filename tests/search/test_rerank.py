@@ -84,6 +84,22 @@ def test_fusion(folder: Path) -> None:
     assert fused == sorted(fused, reverse=True)
 
 
+def test_a_search_takes_the_weight_of_its_direction(folder: Path) -> None:
+    by_cosine = ["red.png", "dusk.png", "dark.png", "night.png"]
+    one = searcher(folder, reranker=FakeReranker(fusion_weights={"emoji/t2i": 1.0, "t2i": 0.0, "it2i": 0.0}))
+    assert names(one.search("red", kind="image")) == by_cosine
+    assert names(one.search("red")) == by_cosine, "everything that was found is a picture"
+    assert names(one.search(Item(image=folder / "red.png"))) == by_cosine[::-1], "no weight is known of i2i"
+
+
+def test_hits_of_several_kinds_have_the_weight_of_no_direction(folder: Path) -> None:
+    (folder / "notes.md").write_text("red red red dark\n")
+    weights = {"t2i": 0.0, "t2t": 0.0}
+    one = searcher(folder, reranker=FakeReranker(fusion_weights=weights))
+    assert "notes.md" in names(one.search("red")) and names(one.search("red"))[0] == "night.png"
+    assert names(one.search("red", kind="image"))[0] == "red.png"
+
+
 def test_equal_scores_keep_the_order_of_the_search(folder: Path) -> None:
     class Constant(FakeReranker):
         def _score(self, *arguments: Any) -> float:

@@ -193,8 +193,7 @@ def _evaluate_folders(
             **environment(),
         }
         if judge is not None:
-            weight = judge.settings.fusion_weight if fusion is None else fusion
-            manifest["settings"]["fusion_weight"] = weight
+            manifest["settings"]["fusion_weight"] = fusion  # as given; each result says what it was made with
             manifest["reranker"] = _described(judge)
         console.print_json({"manifest": manifest, "results": [result.to_json() for result in results]})
     if by != ",".join(GROUP_BY):
@@ -296,11 +295,11 @@ def run_suite_command(
             folder=out if main else None,
             on_task=begin,
         ).to_json()
-    weight = None if judge is None else judge.settings.fusion_weight if fusion is None else fusion
     record |= {
         "model": _described(embedder) | {"dimension": embedder.dimension},
         "reranker": None if judge is None else _described(judge),
-        "settings": {"tasks": tasks, "limit": limit, "rerank": rerank, "fusion_weight": weight},
+        # the weight as given; each task says what it was made with
+        "settings": {"tasks": tasks, "limit": limit, "rerank": rerank, "fusion_weight": fusion},
         "environment": environment() | {"processes": process.num_processes},
     }
     if main:

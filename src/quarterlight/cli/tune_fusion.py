@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from quarterlight.cli import console
-from quarterlight.cli.models import RerankerOption, open_pair
+from quarterlight.cli.models import K, RerankerOption, open_pair
 from quarterlight.data.retrieval import find_datasets
 from quarterlight.errors import DatasetError, did_you_mean
-from quarterlight.evaluation.fusion import METRIC, SPLIT, TunedWeight, check_split, tune_fusion
+from quarterlight.evaluation.fusion import METRIC, SPLIT, TunedWeight, by_direction, check_split, tune_fusion
 from quarterlight.evaluation.retrieval import sample_queries
 from quarterlight.manifest import environment
+from quarterlight.metrics.fusion import RERANK
 from quarterlight.models.checkpoint import save_fusion_weights
 from quarterlight.models.reranker import reranker_folder
 
@@ -25,7 +26,9 @@ def tune_fusion_command(
     reranker: RerankerOption = None,
     split: Annotated[str, typer.Option(help=f"Only {SPLIT} will do.")] = SPLIT,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, by commas: t2i,i2t.")] = None,
-    rerank: Annotated[int, typer.Option(min=1, help="Candidates of a query that are reranked.")] = 10,
+    rerank: Annotated[
+        int, typer.Option(min=1, metavar=K, help=f"Candidates of a query that are reranked ({RERANK} without K).")
+    ] = RERANK,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many queries a task, a fixed random sample.")
     ] = None,
@@ -36,8 +39,11 @@ def tune_fusion_command(
 ) -> None:
     """Choose the weight of a reranker beside the cosine for each task, on its validation split, and save it.
 
-    The first candidates of each query are reranked once; then weights from 0 to 1 are tried on the scores. They are
-    written into the reranker's quarterlight.json, from where `evaluate` and `search` take them.
+    The first candidates of each query are reranked once; then weights from 0 to 1 are tried on the scores. The best of
+    each task, and of each direction (t2i) the one that is best on average over its datasets, are written into the
+    reranker's quarterlight.json. `evaluate` takes the weight of the task for these datasets; for all others, for the
+    tasks of a suite and in `search`, that of the direction. Name all datasets at once: the next run replaces the
+    weights of its directions.
 
     \b
     quarterlight tune-fusion ~/datasets --model runs/2b/rerank --rerank 50
@@ -71,6 +77,7 @@ def tune_fusion_command(
             metric=metric,
             on_rerank=advance,
         )
+    directions = by_direction(tuned)
     record = {
         "split": split,
         "metric": metric,
@@ -79,18 +86,20 @@ def tune_fusion_command(
         "embedder": embedder.model_hash,
         "inputs_sha256": {f"{one.name}/{name}": one.fingerprint(name, split) for one, name in found},
         "tasks": {one.label: _plain(one) for one in tuned},
+        "directions": {one.label: _plain(one) for one in directions},
         **environment(),
     }
     if not dry_run:
-        save_fusion_weights(folder, {one.label: one.weight for one in tuned}, record)
+        save_fusion_weights(folder, {one.label: one.weight for one in (*tuned, *directions)}, record)
     if json:
         console.print_json(record)
         return
     columns = ("queries", "weight", metric, "cosine alone", "reranker alone")
     table = console.table("task", *columns, right=columns)
-    for one in tuned:
+    for one in (*tuned, *directions):
         values = (one.scores[one.weight], one.scores[0.0], one.scores[1.0])
-        table.add_row(one.label, f"{one.num_queries:,}", f"{one.weight:g}", *(f"{value:.3f}" for value in values))
+        label = one.label if one.dataset is not None else f"{one.label}, on average"
+        table.add_row(label, f"{one.num_queries:,}", f"{one.weight:g}", *(f"{value:.3f}" for value in values))
     console.out.print(table)
     said = "Nothing was changed" if dry_run else f"Saved in {folder}"
     console.err.print(f"{said}.", markup=False, soft_wrap=True)

@@ -4,8 +4,12 @@
       queries/<task>.<split>.jsonl[.gz]     qid, query_txt, query_img_path, pos_cand_list, neg_cand_list, anything else
       pools/<task>.<split>.jsonl[.gz]       did, txt, img_path
       images.zip                            the pictures; or a folder images/; or any folders beside queries/
+      instructions.json                     if queries have instructions of their own: {"<task>": ["Find ...", ...]}
 
 A row with several pictures, such as the pages of a document, has a list of their paths, in reading order.
+
+A query may have any of its task's instructions in training, in all splits; a model is evaluated with the first.  A task
+that the file does not name, or a folder without it, takes the usual one of its direction.
 
 Task names say the direction: ``t2i`` text to image, ``it2t`` image and text to text, ``t2vd`` text to visual document.
 """
@@ -25,6 +29,7 @@ from typing import Any, NoReturn, TypeVar
 
 from quarterlight.data.pictures import PictureFolder
 from quarterlight.errors import DatasetError, did_you_mean
+from quarterlight.files import replace_file
 from quarterlight.prompts import QUERY_INSTRUCTIONS, query_instruction
 from quarterlight.records import Candidate, ImageSource, Item, Problem, Query
 
@@ -33,6 +38,8 @@ TASKS = ("t2i", "t2vd", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it")
 
 SPLITS = ("train", "val", "test", "test_unseen")
 """The usual splits, in the order in which they are listed."""
+
+INSTRUCTIONS_FILE = "instructions.json"
 
 PAGE_TASK = "t2vd"
 PAGE_MAX_TILES = 4
@@ -53,7 +60,7 @@ class RetrievalTask:
     revision: of the data, where it is known.  pictures_revision: likewise, of an archive of pictures of another one.
     problems: rows of the files that are in neither list, and why.
     num_lost_queries: how many queries the benchmark has beyond these, since a row or picture of theirs cannot be used.
-    instructions: those that a query may have, where there are several; see :func:`with_instructions`.
+    instructions: those that a query may have, where the dataset or a recipe says so; see :func:`with_instructions`.
     """
 
     dataset: str
@@ -79,13 +86,13 @@ def with_instructions(
     """The same task with an instruction in every item that has none of its own.
 
     query: of several, queries get the first, which is how a model is evaluated, and the task keeps all of them, for
-        training to draw from; ``None`` takes the paper's for the task's direction; a task whose name says none keeps to
-        the model's.
+        training to draw from.  A single one goes before those that the task has, which are forgotten.  ``None`` takes
+        those of the task, or else the paper's for its direction; a task whose name says none keeps to the model's.
     document: ``None`` keeps to the model's default for the candidate's modality.
     """
-    if query is not None and not isinstance(query, str):
-        task = replace(task, instructions=tuple(query))
-        query = None
+    if query is not None:
+        task = replace(task, instructions=() if isinstance(query, str) else tuple(query))
+        query = query if isinstance(query, str) else None
     if query is None and task.instructions:
         query = task.instructions[0]
     if query is None and task.task in QUERY_INSTRUCTIONS:
@@ -188,7 +195,7 @@ class RetrievalDataset:
         return _ordered({task for task, has in self._queries if split in (None, has)}, TASKS)
 
     def load(self, task: str, split: str) -> RetrievalTask:
-        """Reads one task.
+        """Reads one task; its queries have no instruction yet, see :func:`with_instructions`.
 
         Raises DatasetError, naming file and line, for a row that is not JSON, lacks a column, has neither text nor
         picture, repeats an id, or names a candidate that the pool does not have.
@@ -197,18 +204,38 @@ class RetrievalDataset:
         pool = _unique(pool_file, _CANDIDATE_COLUMNS, self._candidate)
         queries = _unique(queries_file, _QUERY_COLUMNS, lambda where, row: self._query(where, row, pool))
         return RetrievalTask(
-            dataset=self.name, task=task, split=split, queries=list(queries.values()), candidates=list(pool.values())
+            dataset=self.name,
+            task=task,
+            split=split,
+            queries=list(queries.values()),
+            candidates=list(pool.values()),
+            instructions=self._instructions.get(task, ()),
         )
 
     def fingerprint(self, task: str, split: str) -> str:
-        """SHA-256, in hex, of the two files of a task, as they are on disk; the pictures are not in it.
+        """SHA-256, in hex, of the two files of a task, as they are on disk, and of its instructions if it has any; the
+        pictures are not in it.
 
         Raises DatasetError when there is no such task.
         """
         digest = hashlib.sha256()
         for path in self._files(task, split):
             digest.update(path.read_bytes())
+        if task in self._instructions:
+            digest.update(json.dumps(self._instructions[task]).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _instructions(self) -> dict[str, tuple[str, ...]]:
+        """Task -> instructions of its queries."""
+        found, known = read_instructions(self.folder), self.tasks()
+        for task in found:
+            if task not in known:
+                raise DatasetError(
+                    f"{self.folder / INSTRUCTIONS_FILE} names a task {task!r}, of which queries/ has no file. "
+                    f"{did_you_mean(task, known)}"
+                )
+        return found
 
     def _files(self, task: str, split: str) -> tuple[Path, Path]:
         """The queries and the pool of a task."""
@@ -261,6 +288,34 @@ class RetrievalDataset:
 def is_dataset(folder: Path) -> bool:
     """Whether the folder is laid out as a retrieval dataset."""
     return (folder / "queries").is_dir() and (folder / "pools").is_dir()
+
+
+def read_instructions(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Task -> instructions of its queries, the first of which a model is evaluated with; empty where nothing is said.
+
+    Raises DatasetError for a file that cannot be read or says anything else.
+    """
+    path = folder / INSTRUCTIONS_FILE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as JSON in UTF-8 ({error}).") from error
+    if not isinstance(found, dict):
+        raise DatasetError(f"{path} must be a JSON object of tasks, got {type(found).__name__}.")
+    for task, some in found.items():
+        if not (isinstance(some, list) and some and all(isinstance(one, str) and one.strip() for one in some)):
+            raise DatasetError(
+                f"{path}: the task {task!r} must have a list of one or more sentences, got {some!r:.80}."
+            )
+    return {task: tuple(some) for task, some in found.items()}
+
+
+def write_instructions(folder: Path, task: str, instructions: Sequence[str]) -> None:
+    """Puts the instructions of a task's queries into a dataset folder; those of its other tasks stay."""
+    known = read_instructions(folder) | {task: tuple(instructions)}
+    replace_file(folder / INSTRUCTIONS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
 
 
 def find_datasets(folder: str | os.PathLike[str]) -> list[RetrievalDataset]:

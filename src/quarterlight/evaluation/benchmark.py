@@ -167,6 +167,7 @@ def task_record(declared: SuiteTask, task: RetrievalTask, result: TaskResult) ->
     score, reranked: of the suite's metric, in [0, 1], in its official reading; ``expected``, ``trec_eval`` and
     ``readings`` are others.  num_scored of num_queries queries and num_scored_candidates of num_candidates were scored;
     num_left_out rows of the files are in neither, and num_lost_queries more queries were lost with these.
+    fusion_weight: what the score of the reranker counted beside the cosine; ``None`` without one.
     """
     official, after = result.official, result.official_reranked
     assert official is not None
@@ -195,6 +196,7 @@ def task_record(declared: SuiteTask, task: RetrievalTask, result: TaskResult) ->
         "readings": {name: _reading(one) for name, one in result.readings.items()},
         "reranked": None if after is None else after.value,
         "reranked_expected": None if after is None else after.expected,
+        "fusion_weight": result.fusion_weight,
         "num_queries": result.num_queries,
         "num_scored": result.scores.num_queries,
         "num_candidates": result.num_candidates,

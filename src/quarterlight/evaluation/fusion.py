@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from quarterlight.data.retrieval import RetrievalTask
 from quarterlight.errors import InputError, did_you_mean
@@ -22,13 +23,14 @@ METRIC = "mrr"
 
 @dataclass(frozen=True, kw_only=True)
 class TunedWeight:
-    """The weight that is best for one task.
+    """The weight that is best for one task, or for all tasks of one name.
 
+    dataset: ``None`` where it is for those of all datasets that were tuned.
     scores: weight -> mean of the metric over the queries that could be scored; at 0 the reranker has no say.
     num_queries: how many these are.
     """
 
-    dataset: str
+    dataset: str | None
     task: str
     weight: float
     scores: Mapping[float, float]
@@ -36,8 +38,8 @@ class TunedWeight:
 
     @property
     def label(self) -> str:
-        """``dataset/task``."""
-        return f"{self.dataset}/{self.task}"
+        """``dataset/task``, or ``task`` for all datasets: what a reranker's ``fusion_weights`` call it."""
+        return self.task if self.dataset is None else f"{self.dataset}/{self.task}"
 
 
 def check_split(split: str) -> None:
@@ -83,8 +85,31 @@ def tune_fusion(
         if not num_queries:
             raise InputError(f"{task.label} has no query that can be scored, so that no weight is better.")
         scores = {weight: one.metrics[metric] for weight, one in found.items()}
-        best = max(scores, key=lambda weight: (scores[weight], -weight))
-        tuned.append(
-            TunedWeight(dataset=task.dataset, task=task.task, weight=best, scores=scores, num_queries=num_queries)
-        )
+        tuned.append(_tuned(task.dataset, task.task, scores, num_queries))
     return tuned
+
+
+def by_direction(tuned: Sequence[TunedWeight]) -> list[TunedWeight]:
+    """For each direction the weight that is best over all datasets that were tuned for it; of equal ones the smallest.
+
+    It is for what is none of these: searches, and benchmarks, whose tasks are called otherwise.  Nothing is measured
+    again: the score of a weight is the mean of the datasets' scores, in which each counts the same.
+    tuned: of one call of :func:`tune_fusion`, so that all tried the same weights.
+    """
+    tasks: dict[str, list[TunedWeight]] = {}
+    for one in tuned:
+        tasks.setdefault(one.task, []).append(one)
+    return [
+        _tuned(
+            None,
+            name,
+            {weight: fmean(one.scores[weight] for one in several) for weight in several[0].scores},
+            sum(one.num_queries for one in several),
+        )
+        for name, several in tasks.items()
+    ]
+
+
+def _tuned(dataset: str | None, task: str, scores: Mapping[float, float], num_queries: int) -> TunedWeight:
+    best = max(scores, key=lambda weight: (scores[weight], -weight))
+    return TunedWeight(dataset=dataset, task=task, weight=best, scores=scores, num_queries=num_queries)

@@ -146,13 +146,21 @@ def _made_by(record: Mapping[str, Any]) -> str:
     if reranker:
         said.append(
             f"reranker {reranker.get('name')}, {reranker.get('hash', _MISSING)}, of the first {settings.get('rerank')} "
-            f"candidates, weight {settings.get('fusion_weight')} beside the cosine"
+            f"candidates, {_weights(record)} beside the cosine"
         )
     versions, commit = environment.get("versions", {}), environment.get("commit")
     source = f"commit {commit}{', changed since' if environment.get('dirty') else ''}" if commit else "no commit"
     said.append(f"quarterlight {versions.get('quarterlight', _MISSING)} ({source})")
     said.append(f"torch {versions.get('torch', _MISSING)}, transformers {versions.get('transformers', _MISSING)}")
     return "; ".join([*said, str(environment.get("time", "no date"))]) + ". Scores are percent."
+
+
+def _weights(record: Mapping[str, Any]) -> str:
+    """What the score of the reranker counted, in words; older records have one weight among their settings."""
+    used = sorted({one["fusion_weight"] for one in record["tasks"] if one.get("fusion_weight") is not None})
+    if len(used) > 1:
+        return f"weights from {used[0]:g} to {used[-1]:g}, by task,"
+    return f"weight {used[0]:g}" if used else f"weight {record['settings'].get('fusion_weight')}"
 
 
 def _scores(record: Mapping[str, Any], what: str) -> dict[str, float]:
@@ -248,6 +256,7 @@ def _left_out(record: Mapping[str, Any]) -> list[Block]:
 
 def _made_with(record: Mapping[str, Any]) -> list[Block]:
     """What a number depends on, task by task."""
+    with_weights = any(one.get("fusion_weight") is not None for one in record["tasks"])
     rows = [
         [
             one["name"],
@@ -257,10 +266,12 @@ def _made_with(record: Mapping[str, Any]) -> list[Block]:
             ", ".join(map(str, one["max_tiles"])) or _MISSING,
             "; ".join(one["instructions"]["query"]) or "the model's own",
             "; ".join(one["instructions"]["document"]) or "the model's own",
+            *([_MISSING if one.get("fusion_weight") is None else f"{one['fusion_weight']:g}"] if with_weights else []),
         ]
         for one in record["tasks"]
     ]
     columns = ["task", "data", "revision", "split", "tiles", "query instruction", "candidate instruction"]
+    columns += ["weight of the reranker"] if with_weights else []
     return [Heading("Data, tiles and instructions"), Table(columns=columns, rows=rows, left=len(columns))]
 
 

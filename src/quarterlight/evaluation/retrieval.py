@@ -156,6 +156,7 @@ class TaskResult:
     num_embedded, seconds: distinct items that were new to the embedder, and how long they took.
     reranked: the scores of the same queries after the reranker; ``None`` without one.
     num_reranked: candidates of each query that it was given.
+    fusion_weight: of its score beside the cosine in that order; ``None`` without one.
     num_pairs, rerank_seconds: distinct pairs that were new to it, and how long they took.
     official, official_reranked: the number of the benchmark, when a metric was named.  Queries of which the reranker
         gave a score that is no number stay in the order of the search, and are among the problems.
@@ -177,6 +178,7 @@ class TaskResult:
     seconds: float
     reranked: Scores | None = None
     num_reranked: int = 0
+    fusion_weight: float | None = None
     num_pairs: int = 0
     rerank_seconds: float = 0.0
     official: Official | None = None
@@ -319,6 +321,7 @@ class RetrievalEvaluator:
             seconds=seconds,
             reranked=_scores(reranked.values, plain.chance, rows) if with_reranker else None,
             num_reranked=reranking.score_QK.shape[1],
+            fusion_weight=self._weight(self.reranker, task) if self.reranker is not None else None,
             num_pairs=reranking.num_pairs,
             rerank_seconds=reranking.seconds,
             official=plain.official,
@@ -387,12 +390,15 @@ class RetrievalEvaluator:
         plain = _Scored.of(found, pool, names, metric, ties, self.depth)
         if self.reranker is None or pair_scores is None:
             return plain, plain, _Reranking()
-        weight = self.fusion_weight
-        if weight is None:
-            weight = self.reranker.settings.weight_of(task.task, task.dataset)
         reranking = self._rerank(pair_scores, task, pool, found)
-        again = reranking.fused(found, pool, weight)
+        again = reranking.fused(found, pool, self._weight(self.reranker, task))
         return plain, _Scored.of(again, pool, names, metric, ties, self.depth), reranking
+
+    def _weight(self, reranker: Reranker, task: RetrievalTask) -> float:
+        """Of the reranker's score: the one for everything, if there is one, else the reranker's for the task."""
+        if self.fusion_weight is not None:
+            return self.fusion_weight
+        return reranker.settings.weight_of(task.task, task.dataset)
 
     def _search(self, pool: _Pool, candidate_CD: npt.NDArray[np.float32], depth: int) -> Found:
         """The search for all queries, of which this process does its share."""

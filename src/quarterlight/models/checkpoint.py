@@ -283,9 +283,20 @@ def load_settings(folder: Path) -> EmbedderSettings:
     return EmbedderSettings.from_dict(content["settings"])
 
 
-def load_temperature(folder: Path) -> float | None:
-    """The temperature that the embedder in a folder was trained with; ``None`` where that is not known."""
+def load_temperature(folder: Path, weight: str | None = None) -> float | None:
+    """The temperature that the embedder in a folder was trained with; ``None`` where that is not known.
+
+    weight: name of the one that holds it, in a folder of others.  Raises CheckpointError if that is no single number.
+    """
     value = read_description(folder).get("temperature")
+    if value is None and weight is not None:
+        found = [tensor for name, tensor in saved_tensors(folder, (weight,)) if name == weight]
+        if found and found[0].numel() != 1:
+            raise CheckpointError(
+                f"The weight {weight!r} of {folder} is to be a temperature, one number; it has the shape "
+                f"{list(found[0].shape)}. Is it another model? Then leave the preset out."
+            )
+        value = found[0].item() if found else None
     return None if value is None else float(value)
 
 

@@ -38,12 +38,16 @@ class Preset:
     """of the embeddings of the markers, which are added where they are missing"""
     tower: Mapping[str, Any] = field(default_factory=dict)
     """settings of the vision tower that replace those of the folder"""
+    temperature: str | None = None
+    """name of the weight that is the temperature of the last training, by which cosines were divided; a model does
+    without it, another stage may begin with it"""
 
 
 def _u_marvel(hub_id: str, model_type: str, *, system_prompt: str = "", **changes: Any) -> Preset:
     return Preset(
         hub_id=hub_id,
         model_type=model_type,
+        temperature="sim.temp",
         settings=EmbedderSettings(
             method="u-marvel",
             pooling=PoolingMode.MEAN,

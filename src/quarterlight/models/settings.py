@@ -119,7 +119,8 @@ class RerankerSettings(_Settings):
     fusion_weight: float = 1.0
     """of the reranker's score in a search, that of the cosine being the rest; 1 ranks by the reranker alone"""
     fusion_weights: Mapping[str, float] = field(default_factory=dict)
-    """``dataset/task``, or ``task`` for those of all datasets -> the same for it, in place of ``fusion_weight``"""
+    """``dataset/task``, or ``task`` for searches and for the datasets without one -> the same for it, in place of
+    ``fusion_weight``"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

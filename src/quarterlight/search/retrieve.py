@@ -63,7 +63,8 @@ class Searcher:
     reranker: orders the first hits of a search anew.  Visual tokens that the store has of its eyes spare it the files.
     rerank: how many hits it is given; ``None`` is :data:`RERANK` where there is a reranker, else 0.
     fusion_weight: of its score beside the cosine, see :func:`quarterlight.metrics.fusion.fuse`; ``None`` takes the
-        reranker's setting.
+        reranker's setting for the direction of the search: from the query to the wanted kind, or to the one kind that
+        all hits are that it is given; hits of several kinds have the weight that is of no direction.
     problems: of the last search: hits that could not be given to the reranker, or that changed since they were indexed.
     Raises InputError for a negative number, a weight outside [0, 1], and either of them without a reranker.
     """
@@ -121,7 +122,7 @@ class Searcher:
             rows = [match.row for match in matches[:num_reranked]]
             weight = self.fusion_weight
             if weight is None:
-                weight = self.reranker.settings.weight_of(direction_of(item.modality, kind))
+                weight = self.reranker.settings.weight_of(direction_of(item.modality, kind or _only_kind(rows)))
             first = self._reranked(self.reranker, weight, item, instruction, rows, hits[: len(rows)])
             hits = [*first, *hits[len(rows) :]]
         return hits[:top_k]
@@ -197,6 +198,12 @@ def direction_of(modality: str, kind: Kind | None) -> str | None:
     'it2vd'
     """
     return f"{_QUERY_LETTERS[modality]}2{_TARGET_LETTERS[kind]}" if kind else None
+
+
+def _only_kind(rows: Sequence[Row]) -> Kind | None:
+    """The kind that all rows are; ``None`` of several and of no rows."""
+    kinds = {row.kind for row in rows}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def snippet(text: str, query: str, *, max_chars: int = SNIPPET_CHARS) -> str:

@@ -24,3 +24,6 @@ CORPORA: Mapping[str, Callable[[Corpus], Examples]] = MappingProxyType(
     }
 )
 """Layout -> what reads it, row by row."""
+
+INSTRUCTIONS: Mapping[str, Callable[[Corpus], tuple[str, ...]]] = MappingProxyType({"mbeir": mbeir_train.instructions})
+"""Layout -> what says the instructions that queries may have, where the rows themselves do not; none for most."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from quarterlight.data.corpora import CORPORA
+from quarterlight.data.corpora import CORPORA, INSTRUCTIONS
 from quarterlight.data.corpora.example import Corpus, Example, Part
+from quarterlight.data.retrieval import write_instructions
 from quarterlight.errors import DatasetError, InputError, did_you_mean
 from quarterlight.files import replacing
 from quarterlight.records import ArchiveMember, ImageSource
@@ -37,7 +38,8 @@ class FolderCounts:
 
 
 def write_folder(corpus: Corpus, layout: str, out: Path, *, on_row: Callable[[], None] = lambda: None) -> FolderCounts:
-    """Writes ``queries/<task>.<split>.jsonl`` and ``pools/<task>.<split>.jsonl`` below ``out``.
+    """Writes ``queries/<task>.<split>.jsonl`` and ``pools/<task>.<split>.jsonl`` below ``out``, and the task's
+    instructions to ``instructions.json`` where the corpus has any.
 
     Ids of candidates are hashes of what they show, so that what occurs in many rows is one candidate.  Pictures stay
     where they are: ``out`` gets a link ``images`` to their folder, or ``images.zip`` to their archive; those that lie
@@ -83,6 +85,8 @@ def write_folder(corpus: Corpus, layout: str, out: Path, *, on_row: Callable[[],
             for line in sorted_pool.distinct():
                 counts.candidates += 1
                 pool.write(line)
+        if instructions := INSTRUCTIONS.get(layout, lambda _: ())(corpus):
+            write_instructions(out, corpus.task, instructions)
     except OSError as error:
         raise DatasetError(f"{out} cannot be written ({error.strerror or error}).") from error
     return counts

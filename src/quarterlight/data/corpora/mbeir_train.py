@@ -6,6 +6,7 @@ from quarterlight.data.benchmarks import mbeir
 from quarterlight.data.benchmarks.source import Source
 from quarterlight.data.benchmarks.tables import Place
 from quarterlight.data.corpora.example import Corpus, Example, Examples, Part
+from quarterlight.data.registry import datasets
 from quarterlight.errors import DatasetError
 from quarterlight.records import Item
 
@@ -24,6 +25,12 @@ def read(corpus: Corpus) -> Examples:
     for number, query in enumerate(task.queries, 1):
         positives, negatives = (tuple(pool[did] for did in dids) for dids in (query.positives, query.negatives))
         yield Example(Place(corpus.folder, number), _part(query.item), positives, negatives)
+
+
+def instructions(corpus: Corpus) -> tuple[str, ...]:
+    """What queries of the task may have, by the registry: M-BEIR has them in a table of their own, not in rows."""
+    name = f"M-BEIR/{corpus.options.get('set')} task{corpus.options.get('task')}".lower()
+    return next((entry.query_instructions for entry in datasets() if entry.name.lower() == name), ())
 
 
 def _part(item: Item) -> Part:
