@@ -30,9 +30,9 @@ MAX_PIXELS = 178_956_970
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "ICO", "PPM", "TGA", "PCX", "QOI")
 """Pillow's names of the formats that are read."""
 
-# Pillow decodes an opened picture when it is first needed, and two threads that need the same one at once read its file
-# in turns: broken data, or wrong pixels without an error. So whoever looks at an opened picture holds its lock; pictures
-# cannot be keys, hence one lock for those whose address leaves the same rest.
+# Pillow decodes an opened picture when it is first needed. Two threads that need the same one at once read its file in
+# turns: broken data, or wrong pixels without an error. So whoever looks at an opened picture holds its lock; pictures
+# cannot be keys, hence one lock for all whose address leaves the same rest.
 _LOCKS = tuple(threading.Lock() for _ in range(61))
 
 # EXIF orientation (tag 0x0112) -> what brings the picture upright.
