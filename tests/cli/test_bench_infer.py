@@ -92,7 +92,7 @@ def test_a_fast_path_that_is_off_is_not_named(
     options: dict[str, Any], missing: set[str], more: set[str], tiny_embedder: Embedder, picture: Any
 ) -> None:
     model = tiny_embedder
-    options = {"tokens_per_batch": 600, "num_workers": 1, **options}
+    options = {"tokens_per_batch": 300, "num_workers": 1, **options}
     embedder = Embedder.from_model(model.model, model.processor, model.settings, **options)
     texts = [Item(text=f"an apple, {number}", instruction="Find these words.") for number in range(20)]
     shown = [Item(image=picture(number % 20), text=f"number {number}") for number in range(24)]
