@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,26 @@ def test_an_opened_picture_is_left_alone(tmp_path: Path) -> None:
     with Image.open(path) as opened:
         assert load_image(opened, reduce_to=100).size == (100, 100)
         assert opened.size == (800, 800)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_threads_may_load_one_opened_picture_at_once(kind: str) -> None:
+    data = encoded(Image.effect_noise((600, 600), 80).convert("RGB"), kind)
+    expected = np.asarray(load_image(data))
+    hashed = content_hash(Image.fromarray(expected))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            with Image.open(io.BytesIO(data)) as opened:  # whose pixels nobody has read yet
+                *loaded, found = [pool.submit(read, opened) for read in (load_image, load_image, content_hash)]
+                assert all(np.array_equal(np.asarray(one.result()), expected) for one in loaded)
+                assert found.result() == hashed
+
+
+@pytest.mark.parametrize("size", [(5, 0), (0, 5), (0, 0)])
+def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    for read in (load_image, image_size):
+        with pytest.raises(ImageError, match=rf"picture of {size[0]} x {size[1]} pixels is empty"):
+            read(Image.new("RGB", size))
 
 
 def test_sources(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
     QuarterlightError
     |-- InputError (also ValueError)     an item, picture or argument that cannot be used
-    |   `-- ImageError                   a picture that cannot be read, or must not be
+    |   |-- ImageError                   a picture that cannot be read, or must not be
+    |   `-- NotFiniteError               items whose embeddings are not numbers
     |-- CheckpointError                  a model folder that is missing, incomplete or of another kind
     |-- DatasetError                     a dataset folder, file or row that breaks its format
     |-- RecipeError                      a recipe key or value that is unknown or impossible
@@ -15,7 +16,7 @@ Every message is a sentence: what was expected, what came, where, and what to do
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class QuarterlightError(Exception):
@@ -28,6 +29,17 @@ class InputError(QuarterlightError, ValueError):
 
 class ImageError(InputError):
     """A picture that cannot be read (truncated, not a picture), or must not be (decompression bomb)."""
+
+
+class NotFiniteError(InputError):
+    """Items whose embeddings are not numbers, while those of others are.
+
+    positions: theirs among the items that were given.
+    """
+
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.positions = tuple(positions)
 
 
 class CheckpointError(QuarterlightError):

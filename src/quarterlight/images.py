@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import stat
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ MAX_PIXELS = 178_956_970
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "ICO", "PPM", "TGA", "PCX", "QOI")
 """Pillow's names of the formats that are read."""
+
+# Pillow decodes an opened picture when it is first needed. Two threads that need the same one at once read its file in
+# turns: broken data, or wrong pixels without an error. So whoever looks at an opened picture holds its lock; pictures
+# cannot be keys, hence one lock for all whose address leaves the same rest.
+_LOCKS = tuple(threading.Lock() for _ in range(61))
 
 # EXIF orientation (tag 0x0112) -> what brings the picture upright.
 _UPRIGHT = {
@@ -53,7 +59,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, reduce_to: 
     max_pixels: width x height above which nothing is decoded; at most ``MAX_PIXELS``.
     reduce_to: allows the picture to be shrunk by a whole factor while it is decoded (much faster for large JPEGs) as
         long as its shortest side keeps at least so many pixels; ``None`` keeps every pixel.
-    Raises ImageError, naming the source, when it cannot be read, is no picture, is truncated or is too large.
+    Threads may load the same opened picture at once.
+    Raises ImageError, naming the source, when it cannot be read, is no picture, is truncated, empty or too large.
     """
     with _opened(source) as image:
         if image.width * image.height > max_pixels:
@@ -92,8 +99,9 @@ def content_hash(source: ImageSource) -> str:
     Raises ImageError when the source cannot be read.
     """
     if isinstance(source, Image.Image):
-        digest = hashlib.sha256(f"{source.mode} {source.size} {source.getpalette()}".encode())
-        digest.update(source.tobytes())
+        with _opened(source):
+            digest = hashlib.sha256(f"{source.mode} {source.size} {source.getpalette()}".encode())
+            digest.update(source.tobytes())
         return digest.hexdigest()
     with _stream(source) as stream:
         try:
@@ -106,7 +114,8 @@ def image_bytes(source: ImageSource) -> bytes:
     """The picture as a file: the bytes of its own, or a PNG of an opened picture.  Raises ImageError as above."""
     if isinstance(source, Image.Image):
         stream = io.BytesIO()
-        source.save(stream, "PNG")
+        with _opened(source):
+            source.save(stream, "PNG")
         return stream.getvalue()
     with _stream(source) as file:
         try:
@@ -133,9 +142,12 @@ def describe(source: ImageSource) -> str:
 
 @contextlib.contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """The picture with its header read and its pixels still to decode."""
+    """The picture with its header read and its pixels still to decode; an opened one is nobody else's meanwhile."""
     if isinstance(source, Image.Image):
-        yield source
+        with _LOCKS[id(source) % len(_LOCKS)]:
+            if not all(source.size):
+                raise ImageError(f"{describe(source)} is empty: expected at least one pixel.")
+            yield source
         return
     with _stream(source) as stream:
         if not stream.read(1):

@@ -52,7 +52,7 @@ def test_throughput(tiny_checkpoint: Path) -> None:
     assert plain["tokens"] == mixed["systems"][bench_infer.TRANSFORMERS]["tokens"]
     assert ours["items_per_s"] == pytest.approx(1e3 / ours["ms_per_item"]["median"], rel=1e-2)
     assert max(mixed["largest_difference"].values()) < 1e-5
-    assert set(record["fast_paths"]) == {BATCHES, AHEAD, BEGINNINGS}
+    assert set(record["fast_paths"]) == {BATCHES, BEGINNINGS}, "ten tiny items are read before the model begins"
     assert not {bench_infer.COMPILED, bench_infer.INT8} & {*mixed["systems"], *record["fast_paths"]}
 
 
@@ -75,7 +75,7 @@ def test_latency(tiny_checkpoint: Path) -> None:
     record = run("latency", *arguments, "--system", "sentence-transformers")
     assert [load["workload"] for load in record["workloads"]] == ["text", "image", "page"]
     assert [*record["workloads"][0]["systems"]] == [bench_infer.OURS, bench_infer.SENTENCE_TRANSFORMERS]
-    assert set(record["fast_paths"]) == {AHEAD}, "of one item, there is nothing else to spare"
+    assert not record["fast_paths"], "of one item, there is nothing to spare and nothing to do meanwhile"
 
 
 @pytest.mark.parametrize(
@@ -92,18 +92,26 @@ def test_a_fast_path_that_is_off_is_not_named(
     options: dict[str, Any], missing: set[str], more: set[str], tiny_embedder: Embedder, picture: Any
 ) -> None:
     model = tiny_embedder
-    embedder = Embedder.from_model(model.model, model.processor, model.settings, **{"tokens_per_batch": 600, **options})
-    shown = picture(1)
+    options = {"tokens_per_batch": 300, "num_workers": 1, **options}
+    embedder = Embedder.from_model(model.model, model.processor, model.settings, **options)
     texts = [Item(text=f"an apple, {number}", instruction="Find these words.") for number in range(20)]
-    embedder.encode_document([*texts, *(Item(image=shown, text=f"number {number}") for number in range(4))])
+    shown = [Item(image=picture(number % 20), text=f"number {number}") for number in range(24)]
+    # the model takes as long as the one thread needs for all that it was given before this
+    slow = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda *_: embedder._workers.submit(lambda: None).result()
+    )
+    try:
+        embedder.encode_document([*texts, *shown])
+    finally:
+        slow.remove()
     named = set(bench_infer._fast_paths(embedder, [{"work": asdict(embedder.work)}]))
     assert named == {BATCHES, AHEAD, BEGINNINGS, ONCE} - missing | more
 
 
-def test_the_same_picture_is_not_said_to_be_seen_once_when_there_is_none(tiny_embedder: Embedder, picture: Any) -> None:
+def test_what_one_window_of_different_pictures_cannot_spare_is_not_named(tiny_embedder: Embedder, picture: Any) -> None:
     embedder = Embedder.from_model(tiny_embedder.model, tiny_embedder.processor, tiny_embedder.settings)
     embedder.encode_document([Item(image=picture(number)) for number in range(3)])
-    assert ONCE not in bench_infer._fast_paths(embedder, [{"work": asdict(embedder.work)}])
+    assert not {ONCE, AHEAD} & {*bench_infer._fast_paths(embedder, [{"work": asdict(embedder.work)}])}
 
 
 def test_changed_weights_run_when_they_are_named(tiny_checkpoint: Path) -> None:

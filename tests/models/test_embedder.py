@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import pickle
+import random
+import threading
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +21,14 @@ from PIL import Image
 import quarterlight
 from quarterlight import Embedder as PublicEmbedder
 from quarterlight import Item
-from quarterlight.errors import CheckpointError, ImageError, InputError
+from quarterlight.errors import CheckpointError, ImageError, InputError, NotFiniteError
 from quarterlight.models.embedder import Embedder, Work, best_dtype, tokens_of_a_pass
 from quarterlight.models.pooling import Attention
+from quarterlight.models.readable import encode_readable
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.prompts import query_instruction
 from quarterlight.records import ArchiveMember
+from quarterlight.search.encoder import encode_each
 
 Pictures = Callable[..., Image.Image]
 
@@ -79,17 +85,74 @@ def test_single_is_padded_is_any_order(tiny_embedder: Embedder, items: list[Any]
     np.testing.assert_allclose(shuffled, together[order], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 100, 100_000])
-@pytest.mark.parametrize("num_workers", [0, 3])
-def test_batch_size_and_workers_change_nothing(
-    tiny_checkpoint: Path, tiny_embedder: Embedder, items: list[Any], tokens_per_batch: int, num_workers: int
+def mixed(seed: int, picture: Pictures) -> list[Item]:
+    """Texts of many lengths, pictures, pages, both together, several instructions, some of it twice."""
+    draw = random.Random(seed)
+    words = ["a", "red", "apple", "and", "the", "same", "but", "blue"]
+    shown = [picture(10 * seed + n, draw.randint(20, 120), draw.randint(20, 120)) for n in range(5)]
+    wide = [picture(10 * seed + n, draw.randint(150, 260), draw.randint(30, 80)) for n in range(5, 7)]
+
+    def item() -> Item:
+        text = " ".join(draw.choices(words, k=int(40 ** draw.random())))
+        kind = draw.choice(["text", "text", "picture", "both", "two", "page"])
+        images: Any = {"text": None, "two": draw.sample(shown, 2), "page": draw.choice(wide)}
+        return Item(
+            text=text if kind in ("text", "both") else None,
+            image=images.get(kind, draw.choice(shown)),
+            max_tiles=4 if kind == "page" else None,
+            instruction=draw.choice([None, None, "Find what looks like it in every way.", ""]),
+        )
+
+    items = [item() for _ in range(16)]
+    copies = [dataclasses.replace(one, image=one.image.copy()) for one in items if isinstance(one.image, Image.Image)]
+    items += draw.sample(items, 3) + copies[:2]
+    draw.shuffle(items)
+    return items
+
+
+FAST: dict[str, dict[str, Any]] = {
+    "small batches": {"tokens_per_batch": 150},
+    "large batches": {"tokens_per_batch": 100_000},
+    "nothing shared": {"tokens_per_batch": 700, "shared_prefix": False},
+    "packed": {"tokens_per_batch": 700, "packed": True},
+    "threads": {"tokens_per_batch": 300, "num_workers": 3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_fast_path_gives_what_one_by_one_gives(
+    tiny_checkpoint: Path, picture: Pictures, monkeypatch: pytest.MonkeyPatch, seed: int, dtype: torch.dtype
 ) -> None:
-    other = Embedder(
-        tiny_checkpoint, dtype=torch.float32, device="cpu", tokens_per_batch=tokens_per_batch, num_workers=num_workers
-    )
-    np.testing.assert_allclose(
-        other.encode_document(items * 3), np.tile(tiny_embedder.encode_document(items), (3, 1)), rtol=0, atol=1e-5
-    )
+    loaded = Embedder(tiny_checkpoint, dtype=dtype, device="cpu", num_workers=0)
+
+    def embedder(**options: Any) -> Embedder:
+        return Embedder.from_model(loaded.model, loaded.processor, loaded.settings, **{"num_workers": 0, **options})
+
+    items = mixed(seed, picture)
+    plain = embedder(shared_prefix=False)
+    expected = np.concatenate([plain.encode_query(item) for item in items])
+    work: dict[str, Work] = {}
+
+    def check(name: str, **options: Any) -> None:
+        fast = embedder(**options)
+        found = fast.encode_query(items)
+        if dtype is torch.float32:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=name)
+        else:
+            assert (found * expected).sum(axis=1).min() > 0.9995, name
+        work[name] = fast.work
+
+    for name, options in FAST.items():
+        check(name, **options)
+    monkeypatch.setattr("quarterlight.models.embedder.FEATURE_CACHE_BYTES", 1100)  # two tiles of the tiny model
+    check("few pictures kept", **FAST["small batches"])
+
+    # and each of them did what its name says
+    assert {one.rows for one in work.values()} == {work["packed"].rows_packed} and work["packed"].rows < len(items)
+    assert work["large batches"].batches < work["small batches"].batches
+    assert work["large batches"].rows_sharing > work["nothing shared"].rows_sharing == work["packed"].rows_sharing == 0
+    assert work["few pictures kept"].pictures_spared < work["small batches"].pictures_spared
 
 
 def test_mean_pooling_and_bidirectional_attention(fresh: Embedder, marked: tuple[Any, Any], items: list[Any]) -> None:
@@ -191,6 +254,7 @@ def test_long_text_is_cut(tiny_embedder: Embedder) -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
+        (Image.new("RGB", (5, 0)), ImageError, "Item 1: .*5 x 0 pixels is empty"),
         ("", InputError, "Item 1 has neither text nor image"),
         ({"image": [], "text": None}, InputError, "Item 1 has neither text nor image"),
         ({"txt": "x"}, InputError, "Item 1: An item has no field 'txt'"),
@@ -252,6 +316,83 @@ def test_broken_weights_are_not_passed_on(fresh: Embedder) -> None:
         fresh.encode_query("x")
 
 
+def test_items_that_give_no_numbers_are_named(fresh: Embedder) -> None:
+    """Others, and what indexes or evaluates many, go on without them."""
+    tokenizer = fresh.processor.tokenizer
+    good, bad = ["a red apple", "a blue one"], ["% and more", "less than %"]
+    (token,) = {*tokenizer("%")["input_ids"]} - {*tokenizer(" ".join(good))["input_ids"]}
+    expected = fresh.encode_query(good)
+    with torch.no_grad():
+        fresh.model.get_input_embeddings().weight[token] = torch.nan
+    items = [good[0], bad[0], bad[1], good[1]]
+    with pytest.raises(NotFiniteError, match="not numbers for items 1, 2") as caught:
+        fresh.encode_query(items)
+    assert pickle.loads(pickle.dumps(caught.value)).positions == (1, 2)
+    parsed = [Item(text=text) for text in items]
+    vectors, problems = encode_readable(fresh.encode_query, [*parsed, Item(image=Path("absent.jpg"))])
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+    assert list(problems) == [4, 1, 2] and problems[1] == problems[2] != problems[4]
+    each = encode_each(fresh.encode_query, [*parsed, Item(image=Path("absent.jpg"))])
+    np.testing.assert_allclose([each[0], each[3]], expected, rtol=0, atol=1e-5)
+    assert [isinstance(one, str) for one in each] == [False, True, True, False, True]
+    with pytest.raises(CheckpointError, match="not numbers"):
+        encode_each(fresh.encode_query, [parsed[1], Item(image=Path("absent.jpg"))])
+
+
+def test_an_opened_picture_may_be_cut_in_two_ways_at_once(fresh: Embedder) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((700, 700), 80).convert("RGB").save(buffer, "PNG")
+    expected = fresh.encode_document([Item(image=buffer.getvalue(), max_tiles=tiles) for tiles in (1, 4)])
+    with Image.open(buffer) as opened:
+        found = fresh.encode_document([Item(image=opened, max_tiles=tiles) for tiles in (1, 4)])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_after_an_error_nothing_is_left_to_decode(tiny_embedder: Embedder, picture: Pictures) -> None:
+    embedder = Embedder.from_model(tiny_embedder.model, tiny_embedder.processor, tiny_embedder.settings, num_workers=1)
+    gate = threading.Event()
+    asked: list[Any] = []
+    decode = embedder._picture
+
+    def waits(source: Any, max_tiles: int) -> Any:
+        asked.append(source)
+        if source is images[1]:
+            gate.wait()
+        return decode(source, max_tiles)
+
+    embedder._picture = waits  # type: ignore[method-assign]
+    images = [b"no picture", *(picture(number) for number in range(20))]
+    for encode in (embedder.encode_document, embedder.visual_tokens):
+        gate.clear()
+        asked.clear()
+        try:
+            with pytest.raises(ImageError, match="Item 0"):
+                encode([Item(image=image) for image in images])
+        finally:
+            gate.set()
+        after = picture(99)
+        embedder.encode_document(after)
+        assert asked in ([images[0], after], [*images[:2], after])
+
+
+def test_a_call_keeps_no_embedding_but_its_result(fresh: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[np.ndarray]] = []
+    compute = fresh._embed
+
+    def counted(*arguments: Any) -> np.ndarray:
+        assert sum(one() is not None for one in kept) <= 1  # that of the batch before, until it has a new value
+        rows = compute(*arguments)
+        kept.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(fresh, "_embed", counted)
+    fresh.tokens_per_batch = 1
+    texts = [f"number {number}" for number in range(8)]
+    embeddings = fresh.encode_query(texts + texts, truncate_dim=8)
+    assert len(kept) == 8
+    np.testing.assert_array_equal(embeddings[:8], embeddings[8:])
+
+
 def test_bfloat16_is_close(tiny_checkpoint: Path, tiny_embedder: Embedder, items: list[Any]) -> None:
     low = Embedder(tiny_checkpoint, dtype=torch.bfloat16, device="cpu").encode_query(items)
     assert low.dtype == np.float32
@@ -263,7 +404,10 @@ def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, expected in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
         assert best_dtype(cpu) is expected
-    assert best_dtype(torch.device("cuda")) is torch.bfloat16
+    for multiplies, expected in ((True, torch.bfloat16), (False, torch.float32)):  # as a T4, which can only emulate it
+        supported = lambda including_emulation, multiplies=multiplies: including_emulation or multiplies  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert best_dtype(torch.device("cuda")) is expected
 
 
 def test_compression_can_be_overridden(tiny_checkpoint: Path, picture: Pictures) -> None:

@@ -5,14 +5,16 @@ N items, D columns, Q queries, C candidates, T tiles.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from quarterlight.errors import CheckpointError, ImageError, InputError
+from quarterlight.errors import CheckpointError, ImageError, InputError, NotFiniteError
 from quarterlight.models.backbones import backbone_of
 from quarterlight.models.checkpoint import (
     load_backbone,
@@ -62,10 +64,13 @@ PREFIX_CACHE_BYTES = 64 * 2**20
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (GPUs; CPUs with AMX or AVX512-BF16), float32 elsewhere."""
+    """bfloat16 where the hardware multiplies it (GPUs since Ampere; CPUs with AMX or AVX512-BF16), float32 elsewhere:
+    in float16 some models overflow."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32  # a T4 or V100 takes bfloat16, but only emulates it
     return torch.bfloat16
 
 
@@ -97,7 +102,8 @@ class Work:
     pictures, pictures_spared: those of the rows, and those of them that did not go through the vision tower because the
         call had seen the same a moment before.
     layers_compiled: how often a layer ran as ``torch.compile`` had made it.
-    pictures_ahead: files and pictures that other threads read and cut while the model computes.
+    pictures_ahead: files and pictures that other threads had read and cut when the model was done with those before,
+        so that it did not wait for them; never those that a call begins with.
     """
 
     rows: int = 0
@@ -329,7 +335,8 @@ class Embedder:
             :class:`Item` or a mapping of its fields, such as ``{"text": ..., "image": ...}``.
         instruction: for items that have none of their own; ``None`` takes the checkpoint's default for their modality.
         truncate_dim: as in the constructor, for this call.
-        Raises InputError or ImageError, naming the position, for an item that cannot be used.
+        Raises InputError or ImageError, naming the position, for an item that cannot be used; NotFiniteError, naming
+            the positions, when some embeddings are not numbers, and CheckpointError when none is.
         """
         return self._encode(items, "query", instruction, truncate_dim, show_progress)
 
@@ -374,12 +381,13 @@ class Embedder:
         )
         found = [VisualTokens(blank, ()) for _ in items]
         seen = LastUsed(FEATURE_CACHE_BYTES)
-        for window in self._windows(self._plan(shown, "document", ""), where):
-            features = iter(self._see([picture for job in window for picture in job.pictures], seen))
-            for job in window:
-                parts = [next(features) for _ in job.pictures]
-                found[where[job.position]] = VisualTokens(torch.cat(parts), tuple(one.grid for one in job.pictures))
-                job.pictures.clear()
+        with contextlib.closing(self._windows(self._plan(shown, "document", ""), where)) as windows:
+            for window in windows:
+                features = iter(self._see([picture for job in window for picture in job.pictures], seen))
+                for job in window:
+                    parts = [next(features) for _ in job.pictures]
+                    found[where[job.position]] = VisualTokens(torch.cat(parts), tuple(one.grid for one in job.pictures))
+                    job.pictures.clear()
         return found
 
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -413,25 +421,32 @@ class Embedder:
         columns = self._checked_dim(truncate_dim) or self.dimension
         jobs = self._plan(as_list(items), role, instruction)
         embeddings_ND = np.empty((len(jobs), columns), dtype=np.float32)
-        done: dict[Any, np.ndarray] = {}  # what the model saw -> its embedding
+        done: dict[Any, int] = {}  # what the model saw -> the row of its embedding
         shown: dict[Any, np.ndarray] | None = None if tokens is None else {}  # and the visual tokens of its pictures
         seen, prefixes = LastUsed(FEATURE_CACHE_BYTES), LastUsed(PREFIX_CACHE_BYTES)
-        with tqdm(total=len(jobs), desc=f"embed {role}", unit="item", disable=not show_progress) as progress:
-            for window in self._windows(jobs):
+        with (
+            contextlib.closing(self._windows(jobs)) as windows,
+            tqdm(total=len(jobs), desc=f"embed {role}", unit="item", disable=not show_progress) as progress,
+        ):
+            for window in windows:
                 fresh = {job.key: job for job in window if job.key not in done}
                 for opening, alike in self._groups(list(fresh.values()), prefixes):
                     for batch in self._batches(sorted(alike, key=self._num_tokens), len(opening)):
                         rows_BD = self._embed(batch, opening, prefixes, seen, shown)[:, :columns]
                         rows_BD /= np.linalg.norm(rows_BD, axis=1, keepdims=True)
-                        done.update(zip((job.key for job in batch), rows_BD, strict=True))
+                        embeddings_ND[[job.position for job in batch]] = rows_BD
+                        done.update((job.key, job.position) for job in batch)
                 for job in window:
-                    embeddings_ND[job.position] = done[job.key]
+                    embeddings_ND[job.position] = embeddings_ND[done[job.key]]
                     if tokens is not None and shown is not None and job.key in shown:
                         tokens[job.position] = shown[job.key]
                     job.pictures.clear()
                 progress.update(len(window))
-        if not np.isfinite(embeddings_ND).all():
-            raise CheckpointError(f"{self.name} gives embeddings that are not numbers: its weights are damaged.")
+        if wrong := np.flatnonzero(~np.isfinite(embeddings_ND).all(axis=1)).tolist():
+            if len(wrong) == len(jobs):
+                raise CheckpointError(f"{self.name} gives embeddings that are not numbers: its weights are damaged.")
+            positions = ", ".join(map(str, wrong))
+            raise NotFiniteError(f"{self.name} gives embeddings that are not numbers for items {positions}.", wrong)
         return embeddings_ND
 
     def _plan(self, items: Sequence[ItemLike], role: Role, instruction: str | None) -> list[_Job]:
@@ -449,29 +464,41 @@ class Embedder:
         ]
         return sorted(jobs, key=self._most_tokens, reverse=True)
 
-    def _windows(self, jobs: Sequence[_Job], positions: Sequence[int] | None = None) -> Iterator[list[_Job]]:
+    def _windows(
+        self, jobs: Sequence[_Job], positions: Sequence[int] | None = None
+    ) -> Generator[list[_Job], None, None]:
         """Runs of jobs with their pictures decoded; while one is being used, the pictures of the next are decoded.
 
         positions: by which messages call the jobs, if not by their own.
         """
-        height, width = self.processor.image_processor.tile_pixels
-        bytes_per_tile = height * width * 3
         waiting: list[_Job] = []
-        window: list[_Job] = []
-        num_bytes = num_tokens = 0
-        for job in jobs:
-            window.append(job)
-            num_bytes += len(job.item.images) * self._formatter.most_tiles(job.max_tiles) * bytes_per_tile
-            num_tokens += self._most_tokens(job)
-            if num_bytes >= WINDOW_BYTES or num_tokens >= 2 * self.tokens_per_batch:
+        try:
+            for window in chain(self._runs(jobs), [[]]):
                 self._decode(window)
                 if waiting:
                     yield self._collect(waiting, positions)
-                waiting, window, num_bytes, num_tokens = window, [], 0, 0
-        self._decode(window)
-        for rest in (waiting, window):
-            if rest:
-                yield self._collect(rest, positions)
+                    self._count_ahead(window)
+                waiting = window
+        finally:  # after an error nobody waits for the others, and another call need not wait behind them
+            for job in jobs:
+                for future in job.futures:
+                    future.cancel()
+
+    def _runs(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """Jobs whose decoded tiles take ``WINDOW_BYTES``, or that are two batches, whichever are fewer."""
+        height, width = self.processor.image_processor.tile_pixels
+        bytes_per_tile = height * width * 3
+        run: list[_Job] = []
+        num_bytes = num_tokens = 0
+        for job in jobs:
+            run.append(job)
+            num_bytes += len(job.item.images) * self._formatter.most_tiles(job.max_tiles) * bytes_per_tile
+            num_tokens += self._most_tokens(job)
+            if num_bytes >= WINDOW_BYTES or num_tokens >= 2 * self.tokens_per_batch:
+                yield run
+                run, num_bytes, num_tokens = [], 0, 0
+        if run:
+            yield run
 
     def _decode(self, window: Sequence[_Job]) -> None:
         """Hands the pictures of a window to the workers, each source once."""
@@ -484,8 +511,11 @@ class Embedder:
                 if key not in futures:
                     futures[key] = self._workers.submit(self._picture, source, job.max_tiles)
                 job.futures.append(futures[key])
+
+    def _count_ahead(self, window: Sequence[_Job]) -> None:
+        """Counts the pictures of a window that are ready, right after the model is done with the window before."""
         if not isinstance(self._workers, _InPlace):
-            self.work.pictures_ahead += len(futures)
+            self.work.pictures_ahead += len({future for job in window for future in job.futures if future.done()})
 
     def _picture(self, source: ImageSource, max_tiles: int) -> _Picture:
         tiles = self._formatter.cut(source, max_tiles)

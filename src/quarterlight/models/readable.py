@@ -1,4 +1,4 @@
-"""Embeddings of items of which some have pictures that cannot be read."""
+"""Embeddings of items of which some have pictures that cannot be read, or embeddings that are not numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.errors import ImageError, InputError
+from quarterlight.errors import ImageError, InputError, NotFiniteError
 from quarterlight.images import load_image
 from quarterlight.records import Item
 
 Encode = Callable[[Sequence[Item]], npt.NDArray[np.float32]]
 """What :meth:`Embedder.encode_query` and :meth:`Embedder.encode_document` are: float32 ``[N, D]`` of N items."""
+
+NOT_FINITE = "its embedding is not finite (NaN or infinity)"
 
 
 def encode_readable(encode: Encode, items: Sequence[Item]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
@@ -21,22 +23,23 @@ def encode_readable(encode: Encode, items: Sequence[Item]) -> tuple[npt.NDArray[
     Without any, the rows have no columns.  Raises InputError for what is not the fault of a picture.
     """
     problems: dict[int, str] = {}
-    try:
-        vector_ND = encode(items)
-    except InputError:
-        # One bad picture stops a whole call; only then is every picture looked at, to name all that are bad.
-        problems = {number: reason for number, item in enumerate(items) if (reason := _unreadable(item))}
-        if not problems:
-            raise
-        items = [item for number, item in enumerate(items) if number not in problems]
-        if not items:
-            return np.empty((0, 0), np.float32), problems
-        vector_ND = encode(items)
+    left = list(range(len(items)))
+    vector_ND = np.empty((0, 0), np.float32)
+    while left:
+        try:
+            vector_ND = encode([items[number] for number in left])
+            break
+        except NotFiniteError as error:
+            found = {left[position]: NOT_FINITE for position in error.positions}
+        except InputError:
+            # One bad picture stops a whole call; only then is every picture looked at, to name all that are bad.
+            found = {number: reason for number in left if (reason := _unreadable(items[number]))}
+            if not found:
+                raise
+        problems |= found
+        left = [number for number in left if number not in problems]
     finite_N = np.isfinite(vector_ND.sum(axis=1))
-    readable = [number for number in range(len(items) + len(problems)) if number not in problems]
-    for number, finite in zip(readable, finite_N.tolist(), strict=True):
-        if not finite:
-            problems[number] = "its embedding is not finite (NaN or infinity)"
+    problems |= {number: NOT_FINITE for number, finite in zip(left, finite_N.tolist(), strict=True) if not finite}
     return np.asarray(vector_ND, dtype=np.float32)[finite_N], problems
 
 

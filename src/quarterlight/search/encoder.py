@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.errors import InputError
+from quarterlight.errors import CheckpointError, InputError
 from quarterlight.index import ModelIdentity
 from quarterlight.records import Item
 
@@ -95,7 +95,10 @@ def identity_of(encoder: Encoder) -> ModelIdentity:
 
 
 def encode_each(encode: Callable[[Sequence[Item]], Iterable[Encoded]], items: Sequence[Item]) -> list[Encoded | str]:
-    """What ``encode`` makes of each item, or why it refuses that one; it is asked one by one where it refuses some."""
+    """What ``encode`` makes of each item, or why it refuses that one; it is asked one by one where it refuses some.
+
+    Raises CheckpointError when it makes something of none of them and the weights look damaged.
+    """
     if not items:
         return []
     try:
@@ -103,4 +106,14 @@ def encode_each(encode: Callable[[Sequence[Item]], Iterable[Encoded]], items: Se
     except InputError as error:
         if len(items) == 1:
             return [" ".join(str(error).split())]
-        return [one for item in items for one in encode_each(encode, [item])]
+    found: list[Encoded | str] = []
+    damaged: CheckpointError | None = None
+    for item in items:
+        try:
+            found += encode_each(encode, [item])
+        except CheckpointError as error:  # what is not a number alone may be the item's fault or that of the weights
+            damaged = error
+            found.append("its embedding is not finite (NaN or infinity)")
+    if damaged is not None and all(isinstance(one, str) for one in found):
+        raise damaged
+    return found
