@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from PIL import Image
 
 from quarterlight.images import load_image

@@ -17,7 +17,6 @@ from quarterlight.search.documents import BrokenPart, Part, read_again, read_par
 from quarterlight.search.sections import markdown_sections, plain_sections
 from quarterlight.search.walk import FoundFile, Reader
 
-
 PICTURES = FakePictures()
 
 

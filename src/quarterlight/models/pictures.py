@@ -1,4 +1,4 @@
-"""How a model reads pictures, in one place for the embedder and for threads and processes that read files ahead of it."""
+"""How a model reads pictures: one place for the embedder and for those who read files ahead of it."""
 
 from __future__ import annotations
 
