@@ -9,12 +9,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from quarterlight.images import load_image
-from quarterlight.records import Item
+from quarterlight.records import ImageSource, Item
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 _RGB = np.array([(255, 0, 0), (0, 160, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255), (0, 0, 0)], np.float32)
+
+
+class FakePictures:
+    """Reads everything and makes use of all of it."""
+
+    def read(self, source: ImageSource, max_tiles: int | None = None) -> Image.Image:
+        return load_image(source)
+
+    def fit(self, picture: Image.Image, max_tiles: int | None = None) -> Image.Image:
+        return picture
 
 
 class FakeEncoder:
@@ -22,6 +33,7 @@ class FakeEncoder:
 
     name = "fake"
     dimension = 64
+    pictures = FakePictures()
 
     def __init__(self, *, model_hash: str = "fa4e" * 16) -> None:
         self.model_hash = model_hash
@@ -67,6 +79,7 @@ class FakeReranker:
     """Likes the dark: P(Yes) of a picture is its share of black and blue, of a text that of the word ``dark``."""
 
     vision_hash = FakeEyes.vision_hash
+    pictures = FakeEyes.pictures
 
     def __init__(self, **settings: Any) -> None:
         from quarterlight.models.settings import RerankerSettings  # imports torch, which most tests here do without

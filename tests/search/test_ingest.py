@@ -322,10 +322,10 @@ def test_an_item_the_model_refuses(store: IndexStore, corpus: Path) -> None:
 def test_a_bug_in_a_decoder_is_one_line(
     store: IndexStore, encoder: FakeEncoder, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(file: Any) -> Any:
+    def read(file: Any, pictures: Any) -> Any:
         if file.path.endswith("red.png"):
             raise ZeroDivisionError("division\nby zero")
-        return read_parts(file)
+        return read_parts(file, pictures)
 
     read_parts = ingest_module.read_parts
     monkeypatch.setattr(ingest_module, "read_parts", read)
@@ -388,9 +388,9 @@ def test_kill_and_run_again(corpus: Path, tmp_path: Path) -> None:
 def test_memory_holds_a_few_parts_only(store: IndexStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = peak = 0
 
-    def counted(file: Any) -> Any:
+    def counted(file: Any, pictures: Any) -> Any:
         nonlocal alive, peak
-        for part in read_parts(file):
+        for part in read_parts(file, pictures):
             alive += 1
             peak = max(peak, alive)
             yield part

@@ -73,7 +73,8 @@ def bench_ray(
         for engine in engines.values():
             engine.check()  # rather than when it is its turn
         bar.update(line, description="Embedding")
-        identity = engines[counts[0]].identity()
+        identities = [engine.identity() for engine in engines.values()]  # each opens the model before its time runs
+        identity = identities[0]
         cores = _cores()
         cells = [
             cell

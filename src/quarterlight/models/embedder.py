@@ -39,6 +39,7 @@ from quarterlight.models.checkpoint import (
 from quarterlight.models.device import find_device
 from quarterlight.models.inputs import InputFormatter, TokenizedPrompt
 from quarterlight.models.packed import embed_packed
+from quarterlight.models.pictures import Pictures
 from quarterlight.models.pooling import Attention, PoolingMode, embed
 from quarterlight.models.presets import preset_of
 from quarterlight.models.processor import VTCProcessor
@@ -282,6 +283,11 @@ class Embedder:
     def max_tiles(self) -> int:
         """The most tiles of a picture whose item does not say."""
         return self.settings.max_tiles
+
+    @property
+    def pictures(self) -> Pictures:
+        """How it reads pictures, for those who read files ahead of it."""
+        return self._formatter.pictures
 
     @cached_property
     def model_hash(self) -> str:

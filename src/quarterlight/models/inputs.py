@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quarterlight.errors import CheckpointError, InputError
-from quarterlight.images import load_image
+from quarterlight.models.pictures import Pictures
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.settings import EmbedderSettings
 from quarterlight.models.tiles import Grid, Tiles
@@ -173,6 +173,12 @@ class InputFormatter:
         self.processor = processor
         self.settings = settings
         self.decode_margin = decode_margin
+        self.pictures = Pictures(
+            image_processor=processor.image_processor,
+            max_tiles=settings.max_tiles,
+            max_pixels=settings.max_pixels,
+            decode_margin=decode_margin,
+        )
         check_markers(processor.tokenizer, settings)
         self._tokenize = SegmentTokenizer(processor, settings.text_max_tokens, pool_frame=settings.pool_frame)
 
@@ -227,12 +233,7 @@ class InputFormatter:
 
     def cut(self, source: ImageSource, max_tiles: int) -> Tiles:
         """A picture in so many tiles at most, cut up. Raises ImageError."""
-        reduce_to = None
-        if self.decode_margin and (side := self.processor.image_processor.enough_pixels(max_tiles)):
-            reduce_to = self.decode_margin * side
-        image = load_image(source, reduce_to=reduce_to)
-        tiles: Tiles = self.processor.image_processor.cut(image, max_tiles, self.settings.max_pixels)
-        return tiles
+        return self.pictures.cut(source, max_tiles)
 
     def most_tiles(self, max_tiles: int) -> int:
         """Tiles that :meth:`cut` makes, at most."""

@@ -42,6 +42,7 @@ from quarterlight.models.checkpoint import (
 from quarterlight.models.device import find_device
 from quarterlight.models.embedder import Embedder, LastUsed, VisualTokens, as_list, best_dtype
 from quarterlight.models.inputs import TokenizedPrompt
+from quarterlight.models.pictures import Pictures
 from quarterlight.models.processor import VTCProcessor
 from quarterlight.models.rerank_inputs import AnswerTokens, RerankFormatter
 from quarterlight.models.settings import EmbedderSettings, RerankerSettings
@@ -171,6 +172,11 @@ class Reranker:
         self._openings: dict[
             tuple[Any, ...], tuple[int, DynamicCache]
         ] = {}  # what they depend on -> tokens, their cache
+
+    @property
+    def pictures(self) -> Pictures:
+        """How it reads pictures, for those who read files ahead of it."""
+        return self.eyes.pictures
 
     @cached_property
     def model_hash(self) -> str:

@@ -23,7 +23,7 @@ from quarterlight.errors import InputError, QuarterlightError
 from quarterlight.index import ModelIdentity
 from quarterlight.models.quantized import Quantization
 from quarterlight.search.embed import EmbedConfig, Group, Shard, decode, encode
-from quarterlight.search.encoder import Encoder, identity_of
+from quarterlight.search.encoder import Encoder, Pictures, identity_of
 
 MODEL_CPUS = 0.8
 """What a model on a CPU claims of it, so that as many models as there are CPUs leave room for those who decode."""
@@ -83,9 +83,14 @@ class Cluster:
 
     def identity(self) -> ModelIdentity:
         """Of the model, which a worker opens for it; raises what goes wrong there."""
+        return self._model[0]
+
+    @functools.cached_property
+    def _model(self) -> tuple[ModelIdentity, Pictures]:
+        """Of the model, what this process and those that decode must know."""
         import ray
 
-        task = ray.remote(_identity).options(**self._resources()[1])
+        task = ray.remote(_about).options(**self._resources()[1])
         try:
             return ray.get(task.remote(self.open_encoder))
         except ray.exceptions.RayTaskError as error:
@@ -106,7 +111,7 @@ class Cluster:
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
         data = data.map_batches(
             _Decoder,
-            fn_constructor_args=(config,),
+            fn_constructor_args=(config, self._model[1]),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_decoders),
             **one,
             **of_decoder,
@@ -160,11 +165,12 @@ def embedder_opener(model: str, quantization: Quantization | None = None) -> Cal
 
 
 class _Decoder:
-    def __init__(self, config: EmbedConfig) -> None:
+    def __init__(self, config: EmbedConfig, pictures: Pictures) -> None:
         self.config = config
+        self.pictures = pictures
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for group in decode(_unpack(batch, "shard"), self.config):
+        for group in decode(_unpack(batch, "shard"), self.config, self.pictures):
             yield _pack(group, "group")
 
 
@@ -176,8 +182,9 @@ class _Model:
         return _pack(encode(_unpack(batch, "group"), self.encoder), "group")
 
 
-def _identity(open_encoder: Callable[[], Encoder]) -> ModelIdentity:
-    return identity_of(open_encoder())
+def _about(open_encoder: Callable[[], Encoder]) -> tuple[ModelIdentity, Pictures]:
+    encoder = open_encoder()
+    return identity_of(encoder), encoder.pictures
 
 
 def _pack(value: Any, name: str) -> pa.Table:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pypdfium2 as pdfium
 from PIL import Image
@@ -21,11 +22,9 @@ from quarterlight.images import describe, image_size, load_image
 from quarterlight.index import Kind, Row
 from quarterlight.index.rows import uri_of
 from quarterlight.records import Item
+from quarterlight.search.encoder import Pictures
 from quarterlight.search.sections import Section, markdown_sections, plain_sections
 from quarterlight.search.walk import FoundFile
-
-IMAGE_PIXELS = 448
-"""Shortest side that a large picture keeps: the tile of InternVL."""
 
 PAGE_PIXELS = 896
 """Longest side of a rendered page: two tiles of InternVL, of which a page gets two or four."""
@@ -41,6 +40,9 @@ MAX_PAGE_CHARS = 20_000
 
 THUMBNAIL_PIXELS = 320
 THUMBNAIL_BYTES = 32 * 2**10
+
+_THUMBNAIL_SOURCE_PIXELS = 448
+"""Shortest side to which a picture is quickly reduced before its thumbnail is made."""
 
 _pdfium_lock = threading.Lock()  # PDFium is not thread-safe, not even for two documents
 
@@ -82,11 +84,23 @@ class BrokenPart:
     reason: str
 
 
-def read_parts(file: FoundFile) -> Iterator[Part | BrokenPart]:
-    """Everything in a file that can be found.  Raises InputError when there is nothing, or it cannot be read."""
+class Picture(NamedTuple):
+    """A picture file as the model gets it, its size in the file, in pixels, and its thumbnail."""
+
+    image: Image.Image
+    width: int
+    height: int
+    thumbnail: bytes
+
+
+def read_parts(file: FoundFile, pictures: Pictures) -> Iterator[Part | BrokenPart]:
+    """Everything in a file that can be found.  Raises InputError when there is nothing, or it cannot be read.
+
+    pictures: the model's.
+    """
     match file.reader:
         case "image":
-            yield _read_image(file.path)
+            yield _read_image(file.path, pictures)
         case "pdf":
             yield from _read_pages(file.path)
         case "markdown":
@@ -95,14 +109,28 @@ def read_parts(file: FoundFile) -> Iterator[Part | BrokenPart]:
             yield from _text_parts(file.path, plain_sections(_read_text(file.path)))
 
 
-def read_again(path: str, kind: Kind, part: int) -> Item:
-    """The picture, or the one page, that was indexed as this part of a file, as the model got it.
+def read_picture(path: str, max_tiles: int | None, pictures: Pictures) -> Picture:
+    """A picture file.  Raises ImageError when it cannot be read.
+
+    max_tiles: of its item.  pictures: the model's, so that it makes of this what it makes of the file.
+    """
+    image = pictures.read(path, max_tiles)
+    width, height = image_size(path)
+    is_whole = image.size == (width, height)
+    small = load_image(image if is_whole else path, reduce_to=_THUMBNAIL_SOURCE_PIXELS)
+    return Picture(pictures.fit(image, max_tiles), width, height, thumbnail(small))
+
+
+def read_again(path: str, kind: Kind, part: int, pictures: Pictures) -> Item:
+    """The picture, or the one page, that was indexed as this part of a file, as the model gets it.
+
+    pictures: of the model that is to see it.
 
     Of the sections of texts the table has the words: see :func:`section_item`.
     Raises InputError, whose message starts with the file's name, when the file has no such part or cannot be read.
     """
     if kind == "image":
-        return Item(image=load_image(path, reduce_to=IMAGE_PIXELS), max_tiles=TILES[kind])
+        return Item(image=pictures.fit(pictures.read(path, TILES[kind]), TILES[kind]), max_tiles=TILES[kind])
     assert kind == "page", kind
     document = _open_pdf(path)
     try:
@@ -151,11 +179,10 @@ def thumbnail(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _read_image(path: str) -> Part:
-    image = load_image(path, reduce_to=IMAGE_PIXELS)
-    width, height = image_size(path)
+def _read_image(path: str, pictures: Pictures) -> Part:
+    image, width, height, small = read_picture(path, TILES["image"], pictures)
     item = Item(image=image, max_tiles=TILES["image"])
-    return Part(item=item, kind="image", part=0, width=width, height=height, thumbnail=thumbnail(image))
+    return Part(item=item, kind="image", part=0, width=width, height=height, thumbnail=small)
 
 
 def _read_pages(path: str) -> Iterator[Part | BrokenPart]:

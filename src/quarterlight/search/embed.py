@@ -30,7 +30,7 @@ from quarterlight.index.rows import is_item, list_key, path_of, uri_of
 from quarterlight.index.shards import ShardFolder, ShardInfo, ShardProblem
 from quarterlight.records import Item
 from quarterlight.search.documents import BrokenPart, Part, place_of, read_parts, reason_of
-from quarterlight.search.encoder import Encoder, encode_each
+from quarterlight.search.encoder import Encoder, Pictures, encode_each
 from quarterlight.search.items import SUFFIX, BrokenLine, Lines, ListedItem, read_items, split_list
 from quarterlight.search.reading import ReadAhead
 from quarterlight.search.walk import FoundFile, Problem, Walk, walk
@@ -300,11 +300,14 @@ def whole_shards(
     assert not waiting, f"{len(waiting)} shards are not whole"
 
 
-def decode(shard: Shard, config: EmbedConfig) -> Iterator[Group]:
-    """Everything in a shard, read and decoded; the model's turn is next."""
+def decode(shard: Shard, config: EmbedConfig, pictures: Pictures) -> Iterator[Group]:
+    """Everything in a shard, read and decoded; the model's turn is next.
+
+    pictures: the model's.
+    """
     group, num_bytes = Group(shard=shard, number=0), 0
     for number, piece in enumerate(shard.pieces):
-        for part in _parts(piece, number):
+        for part in _parts(piece, number, pictures):
             if isinstance(part, Entry):
                 group.entries.append(part)
                 num_bytes += _num_bytes(part.item)
@@ -354,7 +357,10 @@ class Local:
     encoder: Encoder
 
     def __call__(self, shards: Sequence[Shard], config: EmbedConfig, /) -> Iterator[Group]:
-        reading = ReadAhead(shards, lambda shard: decode(shard, config), num_threads=config.num_readers, num_waiting=1)
+        pictures = self.encoder.pictures
+        reading = ReadAhead(
+            shards, lambda shard: decode(shard, config, pictures), num_threads=config.num_readers, num_waiting=1
+        )
         try:
             for group in reading:
                 yield encode(group, self.encoder)
@@ -391,12 +397,12 @@ def _name(keys: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
 
 
-def _parts(piece: Piece, number: int) -> Iterator[Entry | tuple[int, str]]:
+def _parts(piece: Piece, number: int, pictures: Pictures) -> Iterator[Entry | tuple[int, str]]:
     """What is in a piece, and what is wrong with it."""
     path = piece.file.path
     try:
         if piece.lines is not None:
-            for one in read_items(path, piece.lines):
+            for one in read_items(path, piece.lines, pictures):
                 match one:
                     case ListedItem():
                         yield Entry(number, one.id, one.row, one.item)
@@ -404,7 +410,7 @@ def _parts(piece: Piece, number: int) -> Iterator[Entry | tuple[int, str]]:
                         yield number, one.reason
             return
         hash_of_file = content_hash(path)
-        for part in read_parts(piece.file):
+        for part in read_parts(piece.file, pictures):
             match part:
                 case Part():
                     row = part.row(piece.file, hash_of_file)
@@ -417,8 +423,8 @@ def _parts(piece: Piece, number: int) -> Iterator[Entry | tuple[int, str]]:
 
 def _num_bytes(item: Item | None) -> int:
     """Memory that decoded pictures take."""
-    pictures = item.images if item is not None else ()
-    return sum(3 * one.width * one.height for one in pictures if isinstance(one, Image.Image))
+    images = item.images if item is not None else ()
+    return sum(3 * one.width * one.height for one in images if isinstance(one, Image.Image))
 
 
 def _write(groups: Sequence[Group], folder: ShardFolder) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from quarterlight.errors import CheckpointError, InputError
 from quarterlight.index import ModelIdentity
-from quarterlight.records import Item
+from quarterlight.records import ImageSource, Item
 
 if TYPE_CHECKING:  # imports torch
     from quarterlight.models.settings import RerankerSettings
@@ -25,11 +26,28 @@ Tokens: TypeAlias = "npt.NDArray[np.floating[Any]] | None"
 """Visual tokens of all tiles of an item's picture, ``[tokens, columns]``; ``None`` where there are none."""
 
 
+class Pictures(Protocol):
+    """How a model reads pictures: what it makes of ``fit(read(file, n), n)`` is what it makes of the file.
+
+    :class:`quarterlight.models.pictures.Pictures` is one.  It can be pickled, and used by several threads.
+    max_tiles: of the item; ``None`` takes the model's default.
+    """
+
+    def read(self, source: ImageSource, max_tiles: int | None = None) -> Image.Image:
+        """The picture, decoded. Raises ImageError."""
+
+    def fit(self, picture: Image.Image, max_tiles: int | None = None) -> Image.Image:
+        """As much of a picture that was read as the model makes use of."""
+
+
 class Encoder(Protocol):
     """Turns items into vectors: float32 ``[N, dimension]``, rows of L2 norm 1.
 
     name: as the user wrote it.  model_hash: hex, over everything that changes a vector.
     """
+
+    @property
+    def pictures(self) -> Pictures: ...
 
     @property
     def name(self) -> str: ...
@@ -68,6 +86,9 @@ class Reranker(Protocol):
     vision_hash: as of :class:`Eyes`; stored tokens of the same hash are used in place of pictures.
     settings: of which the weight of its score beside the cosine.
     """
+
+    @property
+    def pictures(self) -> Pictures: ...
 
     @property
     def vision_hash(self) -> str: ...

@@ -297,12 +297,13 @@ class _Run:
 
     def _parts(self, document: _Document) -> Iterator[tuple[_Document, Part | None]]:
         """A document with each of its parts, and with ``None`` at its end."""
+        assert self.encoder is not None
         path = document.file.path
         try:
             document.content_hash = content_hash(path)
             document.copy_of = self._origin(document)
             if document.copy_of is None:
-                for part in read_parts(document.file):
+                for part in read_parts(document.file, self.encoder.pictures):
                     if isinstance(part, BrokenPart):
                         document.broken.append(part.reason)
                     else:
@@ -346,11 +347,12 @@ class _Run:
         return missing
 
     def _seen_again(self, path: str, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Item]]:
+        assert self.encoder is not None
         try:
             if content_hash(path) != pictures[0].content_hash:
                 raise InputError("has changed meanwhile: index it again")
             for picture in pictures:
-                yield picture, read_again(path, picture.kind, picture.part)
+                yield picture, read_again(path, picture.kind, picture.part, self.encoder.pictures)
         except InputError as error:
             reason = str(error).removeprefix(describe(path)).strip().rstrip(".")
             self.report.problems.append(Problem(path, f"{reason}; its visual tokens are not stored"))

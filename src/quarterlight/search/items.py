@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quarterlight.errors import InputError, did_you_mean
-from quarterlight.images import content_hash, describe, image_size, load_image
+from quarterlight.images import content_hash, describe
 from quarterlight.index import Row
 from quarterlight.index.rows import uri_of, uri_of_item
 from quarterlight.records import Item
-from quarterlight.search.documents import IMAGE_PIXELS, PAGE_PIXELS, clean, reason_of, thumbnail
+from quarterlight.search.documents import clean, read_picture, reason_of
+from quarterlight.search.encoder import Pictures
 
 SUFFIX = ".jsonl"
 
@@ -48,7 +49,7 @@ class Lines(NamedTuple):
 
 
 class ListedItem(NamedTuple):
-    """An item of a list, its pictures decoded."""
+    """An item of a list, its pictures decoded as the model gets them."""
 
     id: str
     row: Row
@@ -104,8 +105,11 @@ def split_list(path: str, seen: set[bytes]) -> Iterator[Lines]:
         raise InputError(f"{describe(path)} cannot be read: {error.strerror}.") from error
 
 
-def read_items(path: str, lines: Lines) -> Iterator[ListedItem | BrokenLine]:
-    """The items in some lines of a list; empty lines are passed over.  Raises InputError when it cannot be read."""
+def read_items(path: str, lines: Lines, pictures: Pictures) -> Iterator[ListedItem | BrokenLine]:
+    """The items in some lines of a list; empty lines are passed over.  Raises InputError when it cannot be read.
+
+    pictures: the model's.
+    """
     try:
         with Path(path).open("rb") as file:
             file.seek(lines.start)
@@ -121,7 +125,7 @@ def read_items(path: str, lines: Lines) -> Iterator[ListedItem | BrokenLine]:
                     place = f"line {number}, {place}"
                     raise InputError("is left out: an earlier line has the same id.")
                 id, item = parse_item(line)
-                yield _read(path, id, item)
+                yield _read(path, id, item, pictures)
             except Exception as error:  # a damaged picture trips its decoder in any way; one line must not end the job
                 yield BrokenLine(f"{place}: {reason_of(error, path)}")
 
@@ -185,7 +189,7 @@ def _state(file: str) -> bytes:
     return f"{status.st_size} {status.st_mtime_ns} {os.access(file, os.R_OK)}\n".encode()
 
 
-def _read(path: str, id: str, item: Item) -> ListedItem:
+def _read(path: str, id: str, item: Item, pictures: Pictures) -> ListedItem:
     """Raises ImageError, naming the picture, for one that cannot be read."""
     text = clean(item.text or "")
     if not item.images:
@@ -195,9 +199,8 @@ def _read(path: str, id: str, item: Item) -> ListedItem:
     else:
         files = [_file(path, str(one)) for one in item.images]
         file = files[0]
-        pixels = IMAGE_PIXELS if (item.max_tiles or 1) == 1 else PAGE_PIXELS
-        pictures = [load_image(one, reduce_to=pixels) for one in files]
-        width, height = image_size(file)
+        first = read_picture(file, item.max_tiles, pictures)
+        others = [pictures.fit(pictures.read(one, item.max_tiles), item.max_tiles) for one in files[1:]]
         row = Row(
             uri=uri_of_item(file, id, path),
             kind="image",
@@ -205,9 +208,9 @@ def _read(path: str, id: str, item: Item) -> ListedItem:
             size=Path(file).stat().st_size,
             mtime_ns=0,
             content_hash=content_hash(file),
-            width=width,
-            height=height,
-            thumbnail=thumbnail(pictures[0]),
+            width=first.width,
+            height=first.height,
+            thumbnail=first.thumbnail,
         )
-        item = replace(item, image=pictures)
+        item = replace(item, image=[first.image, *others])
     return ListedItem(id, replace(row, mtime_ns=Path(file).stat().st_mtime_ns, text=text, title=id), item)

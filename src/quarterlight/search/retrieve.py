@@ -149,7 +149,7 @@ class Searcher:
         items: dict[int, Item] = {}
         for position, row in enumerate(rows):
             try:
-                items[position] = self._candidate(row, row.content_key in stored)
+                items[position] = self._candidate(reranker, row, row.content_key in stored)
             except InputError as error:
                 path = path_of(row.uri)
                 reason = str(error).removeprefix(describe(path)).strip().rstrip(".")
@@ -162,7 +162,7 @@ class Searcher:
         scored = [replace(hits[given[n]], rerank_score=float(score_K[n])) for n in order]
         return [*scored, *(hit for position, hit in enumerate(hits) if position not in items)]
 
-    def _candidate(self, row: Row, has_tokens: bool) -> Item:
+    def _candidate(self, reranker: Reranker, row: Row, has_tokens: bool) -> Item:
         """What was embedded, once more. Raises InputError when the file cannot be read."""
         if row.kind == "text":
             return Item(text=row.text) if is_item(row.uri) else section_item(row.title, row.text)
@@ -170,7 +170,7 @@ class Searcher:
         if has_tokens:  # nothing is read, so the picture is only a name
             return Item(image=ArchiveMember(row.content_hash, str(row.part)), text=words, max_tiles=TILES[row.kind])
         path = path_of(row.uri)
-        item = replace(read_again(str(path), row.kind, row.part), text=words)
+        item = replace(read_again(str(path), row.kind, row.part, reranker.pictures), text=words)
         try:
             status = path.stat()
         except OSError as error:
