@@ -525,12 +525,20 @@ def write(
         "queries": arguments.queries,
         "max_score": arguments.max_score,
         "start": start,
-        "rows": {row.id: {"name": row.name, "paper": row.paper, "seeds": scores.get(row.id, [])} for row in table},
+        "rows": {
+            row.id: {"name": row.name, "paper": row.paper, "seeds": [_told(one) for one in scores.get(row.id, [])]}
+            for row in table
+        },
     }
     (arguments.out / "u_marvel.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     (arguments.out / "u_marvel.json").write_text(json.dumps(record | environment(), indent=1) + "\n", encoding="utf-8")
     if all(len(scores.get(row.id, ())) == arguments.seeds for row in table):
         common.finish("u_marvel", "\n".join(lines), record, partial(_draw, table, scores))
+
+
+def _told(one: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores and seconds of a run, without its recipe, whose folders are of one machine."""
+    return {name: value for name, value in one.items() if name != "settings"}
 
 
 def by_table(table: Sequence[Row], name: str) -> str:
