@@ -136,13 +136,16 @@ def test_rerank_takes_a_number_or_stands_alone(arguments: list[str], rerank: int
     assert (search.params["rerank"], [search.params["text"]]) == (rerank, others)
     evaluate = main.program().commands["evaluate"].make_context("evaluate", [*arguments])
     assert (evaluate.params["rerank"], [str(folder) for folder in evaluate.params["folders"]]) == (rerank, others)
+    if rerank:  # of which there is nothing to tune without one
+        tune = main.program().commands["tune-fusion"].make_context("tune-fusion", ["--model", "x", *arguments])
+        assert (tune.params["rerank"], [str(folder) for folder in tune.params["folders"]]) == (rerank, others)
 
 
 def test_other_numbers_are_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("search", "red", "--rerank", "-1", monkeypatch=monkeypatch) == 2  # not taken for a word to look for
     assert "Invalid value for '--rerank'" in capsys.readouterr().err
-    assert run("tune-fusion", "data", "--model", "x", "--rerank", monkeypatch=monkeypatch) == 2
-    assert "requires an argument" in capsys.readouterr().err
+    assert run("tune-fusion", "data", "--model", "x", "--rerank", "0", monkeypatch=monkeypatch) == 2
+    assert "Invalid value for '--rerank'" in capsys.readouterr().err
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
