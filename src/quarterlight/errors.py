@@ -18,6 +18,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+NOT_FINITE = "its embedding is not finite (NaN or infinity)"
+"""What lists of problems say of one such item."""
+
 
 class QuarterlightError(Exception):
     """Base of every error that a user can cause and mend."""

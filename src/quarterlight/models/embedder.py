@@ -314,8 +314,8 @@ class Embedder:
         }
         if self._folder and (adapter := saved_adapter(self._folder)):
             recipe["adapter"] = adapter
-        if self._formatter.decode_margin:
-            recipe["decode_margin"] = self._formatter.decode_margin
+        if self.pictures.decode_margin:
+            recipe["decode_margin"] = self.pictures.decode_margin
         if self._released:
             recipe["released"] = self._released
         if (quantization := quantization_of(self.model)) is not None:

@@ -172,7 +172,6 @@ class InputFormatter:
         """
         self.processor = processor
         self.settings = settings
-        self.decode_margin = decode_margin
         self.pictures = Pictures(
             image_processor=processor.image_processor,
             max_tiles=settings.max_tiles,

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from quarterlight.errors import ImageError, InputError, NotFiniteError
+from quarterlight.errors import NOT_FINITE, ImageError, InputError, NotFiniteError
 from quarterlight.images import load_image
 from quarterlight.records import Item
 
 Encode = Callable[[Sequence[Item]], npt.NDArray[np.float32]]
 """What :meth:`Embedder.encode_query` and :meth:`Embedder.encode_document` are: float32 ``[N, D]`` of N items."""
-
-NOT_FINITE = "its embedding is not finite (NaN or infinity)"
 
 
 def encode_readable(encode: Encode, items: Sequence[Item]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:

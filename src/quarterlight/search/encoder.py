@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from quarterlight.errors import CheckpointError, InputError
+from quarterlight.errors import NOT_FINITE, CheckpointError, InputError
 from quarterlight.index import ModelIdentity
 from quarterlight.records import ImageSource, Item
 
@@ -134,7 +134,7 @@ def encode_each(encode: Callable[[Sequence[Item]], Iterable[Encoded]], items: Se
             found += encode_each(encode, [item])
         except CheckpointError as error:  # what is not a number alone may be the item's fault or that of the weights
             damaged = error
-            found.append("its embedding is not finite (NaN or infinity)")
+            found.append(NOT_FINITE)
     if damaged is not None and all(isinstance(one, str) for one in found):
         raise damaged
     return found
